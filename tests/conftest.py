@@ -1,0 +1,71 @@
+"""Fixtures for the tests of the command line. What all tests and notebooks share is in utils/testing.py."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from utils.bootstrap import ROOT
+
+
+def make_wheel(folder: Path, name: str, version: str, code: str) -> None:
+    """Write the smallest wheel that pip installs: one module."""
+    info = f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/RECORD,,\n")
+
+
+def make_project(root: Path) -> Path:
+    """A course in small: the real bootstrap files, one tiny requirement, and a `doctor` that shows where it runs."""
+    (root / "utils").mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py", "bootstrap.py", "errors.py"):
+        shutil.copy(ROOT / "utils" / name, root / "utils" / name)
+    (root / "utils" / "constraints.txt").write_text("tiny==1.0\n")
+    (root / "requirements.txt").write_text("tiny\n")
+    (root / "utils" / "doctor.py").write_text(
+        "import sys, time\nfrom utils.errors import CourseError\n\n"
+        "def main():\n    print('doctor in', sys.prefix, flush=True)\n"
+        "    if (p := __import__('os').environ.get('DOCTOR')) == 'sleep':\n        time.sleep(60)\n"
+        "    if p == 'error':\n        raise CourseError('Do this first.')\n    return 7\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of wheels that takes the registry's place."""
+    folder = tmp_path_factory.mktemp("wheels")
+    make_wheel(folder, "tiny", "1.0", "VERSION = 1\n")
+    make_wheel(folder, "tiny", "2.0", "VERSION = 2\n")
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a real file system of a few megabytes; skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def make(megabytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("a small file system can be made by root on Linux only")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

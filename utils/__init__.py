@@ -1,0 +1,1 @@
+"""Helpers of the course: the command line (`python3 -m utils`), models, servers, measuring and drawing."""

@@ -1,0 +1,123 @@
+"""The command line: python3 -m utils lab | test | run | ask | doctor.
+
+Standard library only: everything that needs a package is imported after the environment is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import List, Optional
+
+from utils import bootstrap
+from utils.errors import CourseError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(prog="python3 -m utils", description="Commands of the course.", allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", metavar="command")
+
+    lab = commands.add_parser("lab", help="set up what is missing and open the notebooks in JupyterLab")
+    lab.add_argument("--port", type=int, help="the port to listen on (default: the first free one from 8888)")
+    lab.add_argument("--no-browser", action="store_true", help="print the address only")
+
+    test = commands.add_parser(
+        "test",
+        help="run the whole test suite; other arguments go to pytest (-k, -x, a path)",
+        allow_abbrev=False,
+    )
+    test.add_argument("--quick", action="store_true", help="leave the notebooks out")
+
+    run = commands.add_parser("run", help="run notebooks without a browser")
+    run.add_argument("notebooks", nargs="*", metavar="NN", help="numbers or names: 2, 02, 02_knowledge_assistant")
+    run.add_argument("--all", action="store_true", help="every notebook")
+    run.add_argument("--save", action="store_true", help="store the outputs (run with the offline model)")
+
+    ask = commands.add_parser("ask", help="answer one question from data/knowledge")
+    ask.add_argument("question")
+
+    commands.add_parser("doctor", help="what works here, what does not, and the remedy")
+    return top
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run one command and return its exit code; the learner's errors are one sentence on stderr."""
+    given = sys.argv[1:] if arguments is None else arguments
+    top = parser()
+    options, rest = top.parse_known_args(given)
+    if options.command is None:
+        top.print_help()
+        return 0
+    if rest and options.command != "test":
+        top.error("unknown arguments: " + " ".join(rest))
+    try:
+        if options.command == "doctor" and not bootstrap.is_ready():
+            return examine_without_environment()
+        python = bootstrap.ensure_environment()
+        if not bootstrap.in_environment():
+            return start_again(str(python), given)
+        return perform(options, rest)
+    except CourseError as error:
+        print("error: %s" % error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nStopped. The same command starts again where it can.", file=sys.stderr)
+        return 130
+
+
+def start_again(python: str, arguments: List[str]) -> int:
+    """Run the same command with the environment's Python and return its exit code."""
+    command = [python, "-m", "utils"] + arguments
+    if os.name == "posix":  # the new process takes this one's place: signals and exit code need no passing on
+        sys.stdout.flush()
+        os.execve(python, command, bootstrap.course_environment())
+    process = subprocess.Popen(command, env=bootstrap.course_environment())
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the console sent it to the other process too, which ends in its own way
+            continue
+
+
+def perform(options: argparse.Namespace, rest: List[str]) -> int:
+    """Run a command inside the environment."""
+    bootstrap.use_course_environment()
+    if options.command == "lab":
+        from utils.notebooks import open_lab
+
+        return open_lab(options.port, browser=not options.no_browser)
+    if options.command == "test":
+        import pytest
+
+        return int(pytest.main(["--quick"] * options.quick + rest))
+    if options.command == "run":
+        from utils.notebooks import run_command
+
+        return run_command(options.notebooks, everything=options.all, save=options.save)
+    if options.command == "ask":
+        from utils.assistant import ask_command
+
+        return int(ask_command(options.question))
+    from utils.doctor import main as examine
+
+    return int(examine())
+
+
+def examine_without_environment() -> int:
+    """What `doctor` can say before the environment exists; it installs nothing."""
+    print("Python: %s (%s)" % (platform.python_version(), sys.executable))
+    print("platform: %s" % platform.platform())
+    print("free disk: %.1f GB" % (shutil.disk_usage(str(bootstrap.ROOT)).free / 1e9))
+    state = "not finished or out of date" if (bootstrap.ROOT / ".venv").exists() else "not set up"
+    print("environment: %s; run python3 -m utils lab" % state)
+    bootstrap.check_python()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The model and the embedder that answer: OpenAI, any OpenAI-compatible server, or the offline server.
+
+The rest of the course never names a model or a server; it calls `chat_model()` and `embedder()`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import openai
+from agno.knowledge.embedder.openai import OpenAIEmbedder
+from agno.models.openai import OpenAIChat, OpenAILike
+
+from utils import offline
+from utils.errors import CourseError
+from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL
+from utils.settings import Settings, load_settings
+
+OPENAI_URL = "https://api.openai.com/v1"
+EXTRACTIVE = "extractive: it quotes the sentences that fit best, or declines; it cannot reason"
+
+
+class ModelError(CourseError):
+    """The model server cannot be reached, refuses the key, or does not know a model."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model on a server that was checked to answer."""
+
+    provider: str
+    base_url: str
+    model_id: str
+    api_key: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.model_id} ({self.provider})"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two endpoints in use; `dimensions` is the length of the embedder's vectors."""
+
+    chat: Endpoint
+    embedding: Endpoint
+    dimensions: int
+
+
+def chat_model(settings: Settings | None = None, **options: Any) -> OpenAIChat:
+    """An Agno chat model for an Agent or Team; `options` go to its constructor (temperature, ...).
+
+    Raises:
+        ModelError: the server cannot be reached, refuses the key, or does not know the model.
+        SettingsError: see `load_settings`.
+    """
+    chat = connect(settings or load_settings()).chat
+    # OpenAI's own models know the role `developer` that OpenAIChat sends; other servers mostly know `system` (OpenAILike).
+    kind = OpenAIChat if chat.provider == "openai" else OpenAILike
+    return kind(id=chat.model_id, base_url=chat.base_url, api_key=chat.api_key, **options)
+
+
+def embedder(settings: Settings | None = None) -> OpenAIEmbedder:
+    """An Agno embedder; its `dimensions` are those of the vectors that the server really returns.
+
+    Raises:
+        ModelError, SettingsError: as for `chat_model`.
+    """
+    models = connect(settings or load_settings())
+    embedding = models.embedding
+    return OpenAIEmbedder(
+        id=embedding.model_id, base_url=embedding.base_url, api_key=embedding.api_key, dimensions=models.dimensions
+    )
+
+
+def client_environment(settings: Settings | None = None) -> dict[str, str]:
+    """The endpoints as environment variables, for a program that reads OPENAI_BASE_URL, MODEL_ID and so on itself.
+
+    Raises:
+        ModelError, SettingsError: as for `chat_model`.
+    """
+    models = connect(settings or load_settings())
+    return {
+        "OPENAI_BASE_URL": models.chat.base_url,
+        "OPENAI_API_KEY": models.chat.api_key,
+        "MODEL_ID": models.chat.model_id,
+        "EMBEDDING_BASE_URL": models.embedding.base_url,
+        "EMBEDDING_API_KEY": models.embedding.api_key,
+        "EMBEDDING_ID": models.embedding.model_id,
+        "EMBEDDING_DIMENSIONS": str(models.dimensions),
+    }
+
+
+@cache
+def connect(settings: Settings) -> Models:
+    """Find the endpoints and check that they answer; once for each settings object.
+
+    Raises:
+        ModelError: see `chat_model`.
+    """
+    # Agno reads this variable when an Agent is made; its default is to report.
+    os.environ["AGNO_TELEMETRY"] = str(settings.telemetry).lower()
+    if settings.provider == "offline":
+        server = _offline_server()
+        chat = Endpoint("offline", server.base_url, CHAT_MODEL, server.api_key)
+        return Models(chat, Endpoint("offline", server.base_url, EMBEDDING_MODEL, server.api_key), DIMENSIONS)
+    url = settings.base_url or OPENAI_URL
+    known = _list_models(url, settings.api_key)
+    # Some servers need no key, but the client insists on one.
+    chat = Endpoint(settings.provider, url, _pick("MODEL_ID", settings.model_id, known, url), settings.api_key or "none")
+    if not settings.embedding_id:
+        server = _offline_server()
+        return Models(chat, Endpoint("offline", server.base_url, EMBEDDING_MODEL, server.api_key), DIMENSIONS)
+    embedding = Endpoint(settings.provider, url, _pick("EMBEDDING_ID", settings.embedding_id, known, url), chat.api_key)
+    return Models(chat, embedding, _measure_dimensions(embedding))
+
+
+@cache
+def _offline_server() -> offline.OfflineServer:
+    return offline.start()
+
+
+def stop_offline() -> None:
+    """Stop the offline server of this process, if it runs; the next `connect` starts another."""
+    if _offline_server.cache_info().currsize:
+        _offline_server().process.stop()
+    _offline_server.cache_clear()
+    connect.cache_clear()
+
+
+def _list_models(url: str, key: str) -> list[str]:
+    try:
+        with openai.OpenAI(base_url=url, api_key=key or "none", timeout=10, max_retries=1) as client:
+            return sorted(model.id for model in client.models.list())
+    except openai.AuthenticationError:
+        raise ModelError(f"The model server at {url} refuses the key in OPENAI_API_KEY; check the key.") from None
+    except openai.APIConnectionError:
+        raise ModelError(
+            f"No model server answers at {url}; start it or correct OPENAI_BASE_URL, or set MODEL_PROVIDER=offline to work without one."
+        ) from None
+    except openai.APIError as error:
+        raise ModelError(f"The model server at {url} does not list its models ({error.__class__.__name__}); is it OpenAI-compatible, and does the URL end in /v1?") from None
+
+
+def _pick(variable: str, wanted: str, known: list[str], url: str) -> str:
+    if wanted in known:
+        return wanted
+    if not wanted and len(known) == 1:
+        return known[0]
+    names = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    problem = f"does not know the model '{wanted}'" if wanted else "has several models"
+    raise ModelError(f"The model server at {url} {problem}; set {variable} to one of: {names or '(it lists none)'}.")
+
+
+def _measure_dimensions(embedding: Endpoint) -> int:
+    try:
+        with openai.OpenAI(base_url=embedding.base_url, api_key=embedding.api_key, timeout=30) as client:
+            return len(client.embeddings.create(model=embedding.model_id, input="dimensions?").data[0].embedding)
+    except openai.APIError as error:
+        raise ModelError(
+            f"The model server at {embedding.base_url} does not embed text with '{embedding.model_id}' ({error.__class__.__name__}); "
+            "set EMBEDDING_ID to an embedding model, or leave it out for the offline embedder."
+        ) from None

@@ -1,0 +1,139 @@
+"""Servers as child processes: a free port, a log file, a health check, and an end that cannot be forgotten.
+
+A server started here is ended by its own process id when its owner asks for it, when the owner exits, and - because the
+server itself watches its owner - also when the owner is killed and can no longer clean up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from utils.bootstrap import ROOT
+from utils.errors import CourseError
+
+
+
+class ServerError(CourseError):
+    """A server did not start, or ended before its time."""
+
+
+class ServerProcess:
+    """One server in its own process, writing to its own log file.
+
+    Args:
+        name: what error messages call it, such as "offline model server".
+        command: program and arguments.
+        log_file: receives standard output and error; its folder is made if needed.
+        environment: variables added to those of this process.
+
+    The server runs in a process group of its own, so interrupting a notebook cell does not interrupt the server.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log_file: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.log_file = log_file
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        with log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=sys.platform != "win32",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        atexit.register(self.stop)
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def wait_until(self, ready: Callable[[], bool], timeout: float) -> None:
+        """Return once `ready()` is true.
+
+        Raises:
+            ServerError: the process ended, or `timeout` seconds passed; the message shows the end of the log. The
+                process is stopped first.
+        """
+        end = time.monotonic() + timeout
+        while not ready():
+            if not self.running:
+                raise ServerError(f"The {self.name} ended while starting. Its log ends with: {self.log_tail()}")
+            if time.monotonic() > end:
+                self.stop()
+                raise ServerError(
+                    f"The {self.name} did not answer within {timeout:.0f} seconds. Its log ends with: {self.log_tail()}"
+                )
+            time.sleep(0.02)
+
+    def log_tail(self, lines: int = 5) -> str:
+        """The last lines of the log, or a note that it is empty."""
+        text = self.log_file.read_text(encoding="utf-8", errors="replace").strip()
+        return "\n".join(text.splitlines()[-lines:]) or "(the log is empty)"
+
+    def stop(self, timeout: float = 5) -> None:
+        """End the server: ask first, kill after `timeout` seconds. Does nothing when it has ended already."""
+        atexit.unregister(self.stop)
+        if self.running:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def owner_mark() -> str:
+    """This process as `pid:start time`, so that a later process with the same id is not taken for it."""
+    return f"{os.getpid()}:{psutil.Process().create_time()}"
+
+
+def is_alive(mark: str) -> bool:
+    """Whether the process of an `owner_mark` still runs (a zombie does not)."""
+    pid, _, started = mark.partition(":")
+    try:
+        process = psutil.Process(int(pid))
+        return abs(process.create_time() - float(started)) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_with_owner(mark: str, stop: Callable[[], None], interval: float = 0.5) -> None:
+    """Call `stop()` from a background thread once the owner is gone; leave the process 3 seconds later in any case."""
+
+    def watch() -> None:
+        while is_alive(mark):
+            time.sleep(interval)
+        stop()
+        time.sleep(3)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()

@@ -1,0 +1,122 @@
+"""Settings: environment variables and a `.env` file in the repository's folder become one frozen `Settings` object.
+
+| variable | meaning | default |
+|---|---|---|
+| MODEL_PROVIDER | openai, compatible or offline | openai if OPENAI_API_KEY is set, compatible if OPENAI_BASE_URL is set, else offline |
+| OPENAI_API_KEY | the key of OpenAI or of the compatible server | - |
+| OPENAI_BASE_URL | URL of an OpenAI-compatible server, ending in /v1 | - |
+| MODEL_ID | chat model | openai: gpt-5.4-mini; compatible: the only model that the server lists |
+| EMBEDDING_ID | embedding model | openai: text-embedding-3-small; compatible: the offline embedder |
+| MILVUS_URI | http://host:19530 of a server, or a path ending in .db for Milvus Lite | Milvus Lite in the notebook's own folder |
+| MILVUS_TOKEN | user:password or API key of that server | - |
+| AGNO_TELEMETRY | true lets Agno report runs to its makers | false |
+| LARGE_DATA | true uses the large data sets | false |
+| COURSE_DATA | folder for what notebooks write | data/local |
+
+A variable of the environment wins over the same one in `.env`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+from utils.bootstrap import ROOT
+from utils.errors import CourseError
+
+PROVIDERS = ("openai", "compatible", "offline")
+# The one place that names OpenAI's models. gpt-5.4-mini is what Agno 3.1.10 itself defaults to.
+OPENAI_MODEL = "gpt-5.4-mini"
+OPENAI_EMBEDDING = "text-embedding-3-small"
+
+
+class SettingsError(CourseError):
+    """A setting is missing or wrong."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the learner chose. Keys and tokens are kept out of `repr`.
+
+    Attributes:
+        provider: "openai", "compatible" or "offline".
+        api_key: OpenAI's key, or that of the compatible server ("" if it needs none).
+        base_url: of the compatible server, without a final slash; "" otherwise.
+        model_id: chat model; "" means that the compatible server's only model is used.
+        embedding_id: embedding model; "" means the offline embedder.
+        milvus_uri: server URI or Lite path; "" means Lite in the notebook's own folder.
+        milvus_token: credentials for the server; "" for none.
+        telemetry: whether Agno may report runs.
+        large_data: whether notebooks use their large data sets.
+        data_folder: where notebooks write.
+    """
+
+    provider: str = "offline"
+    api_key: str = field(default="", repr=False)
+    base_url: str = ""
+    model_id: str = ""
+    embedding_id: str = ""
+    milvus_uri: str = ""
+    milvus_token: str = field(default="", repr=False)
+    telemetry: bool = False
+    large_data: bool = False
+    data_folder: Path = ROOT / "data" / "local"
+
+
+def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        environment: variables to read instead of `os.environ`.
+        env_file: file to read instead of `.env` in the repository's folder; it may be absent.
+
+    Raises:
+        SettingsError: a value is unknown or a needed one is missing; the message names the variable and what to set.
+    """
+    from_file = {k: v for k, v in dotenv_values(env_file or ROOT / ".env").items() if v is not None}
+    values = {k: v.strip() for k, v in {**from_file, **(os.environ if environment is None else environment)}.items()}
+    key, url = values.get("OPENAI_API_KEY", ""), values.get("OPENAI_BASE_URL", "").rstrip("/")
+    provider = values.get("MODEL_PROVIDER", "").lower() or ("compatible" if url else "openai" if key else "offline")
+    if provider not in PROVIDERS:
+        raise SettingsError(f"MODEL_PROVIDER is '{provider}'; set it to one of {', '.join(PROVIDERS)}, or leave it out for the offline model.")
+    if provider == "openai" and not key:
+        raise SettingsError("MODEL_PROVIDER is openai but OPENAI_API_KEY is not set; put the key into .env, or set MODEL_PROVIDER=offline to work without one.")
+    if provider == "compatible" and not url:
+        raise SettingsError("MODEL_PROVIDER is compatible but OPENAI_BASE_URL is not set; set it to the server's URL, for example http://localhost:11434/v1.")
+    if provider == "compatible":
+        _check_url("OPENAI_BASE_URL", url)
+    uri = values.get("MILVUS_URI", "")
+    if uri and not uri.endswith(".db"):
+        _check_url("MILVUS_URI", uri)
+    openai = provider == "openai"
+    return Settings(
+        provider=provider,
+        api_key=key if provider != "offline" else "",
+        base_url=url if provider == "compatible" else "",
+        model_id=(values.get("MODEL_ID", "") or (OPENAI_MODEL if openai else "")) if provider != "offline" else "",
+        embedding_id=(values.get("EMBEDDING_ID", "") or (OPENAI_EMBEDDING if openai else "")) if provider != "offline" else "",
+        milvus_uri=uri,
+        milvus_token=values.get("MILVUS_TOKEN", ""),
+        telemetry=_truth(values, "AGNO_TELEMETRY"),
+        large_data=_truth(values, "LARGE_DATA"),
+        data_folder=Path(values.get("COURSE_DATA", "") or ROOT / "data" / "local").resolve(),
+    )
+
+
+def _check_url(name: str, value: str) -> None:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        allowed = "a URL such as http://localhost:19530 or a path ending in .db" if name == "MILVUS_URI" else "a URL such as http://localhost:11434/v1"
+        raise SettingsError(f"{name} is '{value}', which is not {allowed}.")
+
+
+def _truth(values: Mapping[str, str], name: str) -> bool:
+    value = values.get(name, "").lower()
+    if value not in ("", "0", "1", "true", "false", "yes", "no", "on", "off"):
+        raise SettingsError(f"{name} is '{value}'; set it to true or false.")
+    return value in ("1", "true", "yes", "on")
