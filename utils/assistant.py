@@ -57,6 +57,7 @@ class Library:
     def __init__(self, uri: str, token: str, embedder: OpenAIEmbedder, texts: list[Text], progress: bool = False) -> None:
         self._openai = OpenAI(base_url=embedder.base_url, api_key=embedder.api_key)
         self._embedder = embedder
+        self._reranker = models.reranker()
         chunker = SectionChunking()
         documents = [
             chunk for text in texts for chunk in chunker.chunk(Document(content=text.body, name=text.id, meta_data=text.metadata()))
@@ -110,30 +111,32 @@ class Library:
         response = self._openai.embeddings.create(model=self._embedder.id, input=texts)
         return [item.embedding for item in response.data]
 
-    def search(self, query: str, limit: int = 10, mode: str = "both") -> list[dict[str, Any]]:
+    def search(self, query: str, limit: int = 10, mode: str = "reranked") -> list[dict[str, Any]]:
         """The best chunks for a query, best first, as dicts with name, content and meta_data (the form that Agno expects).
 
         Args:
             query: the question.
             limit: how many chunks.
-            mode: "dense" (embeddings), "words" (BM25), or "both", fused by reciprocal rank.
+            mode: "dense" (embeddings), "words" (BM25), "both" (fused by reciprocal rank), or "reranked" (both, then a reranker).
         """
+        pool = max(CANDIDATES, limit)
+        found = self._search_milvus(query, pool if mode == "reranked" else limit, pool, mode)
+        if mode == "reranked":
+            found = self._reranker.rerank(query, found)[:limit]
+        return [document.to_dict() for document in found]
+
+    def _search_milvus(self, query: str, limit: int, pool: int, mode: str) -> list[Document]:
         vector = self._embed([query])[0] if mode != "words" else []
-        dense = AnnSearchRequest([vector], "dense", {}, CANDIDATES)
-        words = AnnSearchRequest([query], "sparse", {}, CANDIDATES)
-        if mode == "both":
-            found = self._milvus.hybrid_search(
-                self.collection, [dense, words], RRFRanker(FUSION_K), limit, output_fields=["document", "text"]
-            )
+        dense = AnnSearchRequest([vector], "dense", {}, pool)
+        words = AnnSearchRequest([query], "sparse", {}, pool)
+        fields = ["document", "text"]
+        if mode in ("both", "reranked"):
+            found = self._milvus.hybrid_search(self.collection, [dense, words], RRFRanker(FUSION_K), limit, output_fields=fields)
         else:
             one = {"dense": dense, "words": words}[mode]
-            found = self._milvus.search(
-                self.collection, data=one.data, anns_field=one.anns_field, limit=limit, output_fields=["document", "text"]
-            )
-        return [
-            {"name": hit["entity"]["document"], "content": hit["entity"]["text"], "meta_data": {"id": hit["entity"]["document"]}}
-            for hit in found[0]
-        ]
+            found = self._milvus.search(self.collection, data=one.data, anns_field=one.anns_field, limit=limit, output_fields=fields)
+        hits = [hit["entity"] for hit in found[0]]
+        return [Document(content=hit["text"], name=hit["document"], meta_data={"id": hit["document"]}) for hit in hits]
 
     def close(self) -> None:
         """Close the connections."""
@@ -150,7 +153,7 @@ def _explain(uri: str, error: MilvusException) -> str:
     return f"The Milvus server at {uri} failed ({error.message}): start it, check MILVUS_URI and MILVUS_TOKEN, and use Milvus 2.5 or later (BM25)."
 
 
-def build_agent(library: Library, mode: str = "both") -> Agent:
+def build_agent(library: Library, mode: str = "reranked") -> Agent:
     """The agent that searches `library` before it answers."""
 
     def retrieve(query: str, num_documents: int | None = None, **_: Any) -> list[dict[str, Any]]:

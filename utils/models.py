@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import httpx
 import openai
+from agno.knowledge.document.base import Document
 from agno.knowledge.embedder.openai import OpenAIEmbedder
+from agno.knowledge.reranker.base import Reranker
 from agno.models.openai import OpenAIChat, OpenAILike
+from pydantic import Field
 
 from utils import offline
 from utils.errors import CourseError
-from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL
+from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
 from utils.settings import Settings, load_settings
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -73,6 +77,43 @@ def embedder(settings: Settings | None = None) -> OpenAIEmbedder:
     return OpenAIEmbedder(
         id=embedding.model_id, base_url=embedding.base_url, api_key=embedding.api_key, dimensions=models.dimensions
     )
+
+
+class ServerReranker(Reranker):
+    """An Agno reranker that asks a server with the /v1/rerank route that Jina, Cohere, vLLM and llama.cpp share.
+
+    Agno's own rerankers each need one vendor's client. `Knowledge(reranker=...)` fetches three times the wanted number of
+    documents and keeps the best of the new order.
+    """
+
+    base_url: str
+    model: str
+    api_key: str = Field(repr=False)
+
+    def rerank(self, query: str, documents: list[Document], limit: int | None = None) -> list[Document]:
+        """The documents by falling relevance to `query`, each with its `reranking_score`.
+
+        Raises:
+            httpx.HTTPError: the server does not answer or refuses.
+        """
+        if not documents:
+            return []
+        body = {"model": self.model, "query": query, "documents": [document.content for document in documents]}
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        response = httpx.post(f"{self.base_url}/rerank", json=body, headers=headers, timeout=30, trust_env=False)
+        response.raise_for_status()
+        ranked = []
+        for result in response.json()["results"]:
+            document = documents[result["index"]]
+            document.reranking_score = result["relevance_score"]
+            ranked.append(document)
+        return ranked
+
+
+def reranker() -> ServerReranker:
+    """The reranker of the offline server, whichever model answers: OpenAI has none."""
+    server = _offline_server()
+    return ServerReranker(base_url=server.base_url, model=RERANK_MODEL, api_key=server.api_key)
 
 
 def client_environment(settings: Settings | None = None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from utils.processes import ServerProcess, owner_mark
 
 CHAT_MODEL = "extractive-offline"
 EMBEDDING_MODEL = "wordllama-256"
+RERANK_MODEL = "wordllama-maxsim"
 DIMENSIONS = 256
 START_TIMEOUT = 30.0
 

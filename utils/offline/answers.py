@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from utils.offline.text import Sentence, Vector, Words, coverage, embed, markdown_sentences, stem, words_of
 
 REFUSAL = "The knowledge base does not answer this question."
-MAX_SENTENCES = 5
-MAX_WORDS = 110
+MAX_SENTENCES = 8
+MAX_WORDS = 170
 _CITATION = re.compile(r"\s*\[([a-z0-9][\w.-]*)\](?=[\s.]*$)")
 _ANNOUNCES = re.compile(r"(This|The following) (page|document|section|chapter|guide)\b|In this (page|section)\b")
 # A name inside a sentence, an identifier, or something with a digit.
@@ -42,15 +42,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class Quote:
-    """A sentence picked from a passage."""
+    """A sentence picked from a passage (with the code block that it announces)."""
 
     text: str
     source: str
     score: float
-
-    def cited(self) -> str:
-        """The sentence followed by its source in brackets."""
-        return f"{self.text} [{self.source}]" if self.source else self.text
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,13 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The quotes with their citations, or the refusal."""
-        return "\n\n".join(quote.cited() for quote in self.quotes) if self.answered else REFUSAL
+        """The quotes, a paragraph for each document with its citation, or the refusal."""
+        if not self.answered:
+            return REFUSAL
+        paragraphs: dict[str, list[str]] = {}
+        for quote in self.quotes:
+            paragraphs.setdefault(quote.source, []).append(quote.text)
+        return "\n\n".join(f"{' '.join(texts)}{f' [{source}]' if source else ''}" for source, texts in paragraphs.items())
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ SIGNALS = {
 # A sentence gains this part of what the better of its neighbours in the paragraph is ahead: an answer often follows its topic.
 NEIGHBOUR = 0.4
 # Sentences below this part of the best score are left out, and those that share this part of their words with a better one.
-KEEP, SAME = 0.5, 0.7
+KEEP, SAME = 0.7, 0.7
 _ASKS_NUMBER = re.compile(
     r"\bhow (many|much|long|big|large|often|fast|far|high|soon|old)\b|\b(which|what) (\w+ ){0,3}(ports?|size|number|share|percentage|limit"
     r"|maximum|version|release|date|day|amount|factor|threshold|dimensions?)\b|\bwhen (was|were|did)\b",
@@ -158,16 +159,24 @@ def find_answer(
     return Answer(tuple(quotes), search.confidence())
 
 
+def relevance(question: str, texts: Sequence[str]) -> list[float]:
+    """How well each text answers the question, about 0..1; for reranking what a search found."""
+    search = _Search(question, [Passage(text) for text in texts], distinct=False)
+    if not search.candidates or not search.asked.words:
+        return [0.0] * len(texts)
+    return [round(float(score), 6) for score in search.passage_scores()]
+
+
 class _Search:
     """One question against the sentences of some passages.
 
     Attributes:
         asked: the question's words.
-        candidates: the sentences, each once; `places[i]` is the number of the passage of candidate i.
+        candidates: the sentences, each once if `distinct`; `places[i]` is the number of the passage of candidate i.
         scores: one per candidate, shape (len(candidates),).
     """
 
-    def __init__(self, question: str, passages: Sequence[Passage]) -> None:
+    def __init__(self, question: str, passages: Sequence[Passage], distinct: bool = True) -> None:
         self.question, self.passages, self.asked = question, passages, words_of(question)
         self.candidates: list[Sentence] = []
         self.places: list[int] = []
@@ -175,10 +184,11 @@ class _Search:
         for place, passage in enumerate(passages):
             for sentence in markdown_sentences(passage.text):
                 # Overlapping chunks repeat sentences, and some sentences only announce others.
-                if sentence.text not in seen and len(sentence.text.split()) >= 3 and not _ANNOUNCES.match(sentence.text):
-                    seen.add(sentence.text)
-                    self.candidates.append(sentence)
-                    self.places.append(place)
+                if len(sentence.text.split()) < 3 or _ANNOUNCES.match(sentence.text) or (distinct and sentence.text in seen):
+                    continue
+                seen.add(sentence.text)
+                self.candidates.append(sentence)
+                self.places.append(place)
         if self.candidates and self.asked.words:
             self._vector = embed([question])[0]
             self._passage_words = [words_of(passage.text) for passage in passages]
@@ -190,6 +200,7 @@ class _Search:
         found = np.array([sum(stem(word) in words.stems for words in self._passage_words) for word in self.asked.words])
         telling = self.asked.weights * np.sqrt(np.log(1 + len(self.passages) / (found + 0.5)))
         telling = telling / telling.sum()
+        self._passage_scores = self._covered @ telling
         places = np.array(self.places)
         texts = [sentence.text for sentence in self.candidates]
         headed = [f"{sentence.heading} {sentence.text}" for sentence in self.candidates]
@@ -198,7 +209,7 @@ class _Search:
             "words": np.array([coverage(self.asked, words_of(text)) for text in texts]) @ telling,
             "words with heading": np.array([coverage(self.asked, words_of(text)) for text in headed]) @ telling,
             "vector": embed(texts) @ self._vector,
-            "passage words": (self._covered @ telling)[places],
+            "passage words": self._passage_scores[places],
             "rank": 1 / (1 + places / 2),
             "number": np.array([number and any(c.isdigit() for c in text) for text in texts]),
             "name": np.array([name and "`" in text for text in texts]),
@@ -216,14 +227,22 @@ class _Search:
     def _same_block(self, i: int, j: int) -> bool:
         return self.places[i] == self.places[j] and self.candidates[i].block == self.candidates[j].block
 
+    def passage_scores(self) -> NDArray[np.float32]:
+        """How well each passage answers: its coverage of the question's words plus its best sentence, shape (len(passages),)."""
+        best = np.zeros(len(self.passages), np.float32)
+        np.maximum.at(best, self.places, self.scores)
+        return np.asarray((self._passage_scores + best) / 2, np.float32)
+
     def choose(self, max_sentences: int, max_words: int) -> list[int]:
         """Indices of the chosen sentences, best first."""
         chosen: list[int] = []
         words = 0
         for i in np.argsort(-self.scores, kind="stable"):
             length = len(self.candidates[i].text.split())
-            if chosen and (len(chosen) == max_sentences or words + length > max_words or self.scores[i] < KEEP * self.scores[chosen[0]]):
+            if chosen and (len(chosen) == max_sentences or self.scores[i] < KEEP * self.scores[chosen[0]]):
                 break
+            if chosen and words + length > max_words:
+                continue
             stems = words_of(self.candidates[i].text).stems
             others = [words_of(self.candidates[j].text).stems for j in chosen]
             if all(len(stems & other) < SAME * max(1, min(len(stems), len(other))) for other in others):
@@ -234,14 +253,15 @@ class _Search:
     def features(self) -> list[float]:
         """The signals that say whether the passages answer at all, in the order of `FEATURES`."""
         weights = self.asked.weights / self.asked.weights.sum()
-        exact = self._covered.max(axis=0) == 1.0
-        present = frozenset[str]().union(*(words.stems for words in self._passage_words))
-        names = sum(not words_of(name).stems <= present for name in _NAME.findall(self.question))
+        best = np.argsort(-self.passage_scores(), kind="stable")
+        exact = self._covered == 1.0
+        near = frozenset[str]().union(*(self._passage_words[i].stems for i in best[:3]))
+        missing = sum(not words_of(name).stems <= near for name in _NAME.findall(self.question))
         return [
-            float((embed([passage.text for passage in self.passages]) @ self._vector).max()),
-            float(exact @ weights),
-            float((weights * ~exact).max()),
-            float(min(names, 2)),
+            float(exact[best[:2]].any(axis=0) @ weights),
+            float(exact.any(axis=0) @ weights),
+            float((weights * ~exact[best[0]]).max()),
+            float(min(missing, 2)),
         ]
 
     def confidence(self) -> float:
@@ -250,9 +270,9 @@ class _Search:
         return 1 / (1 + math.exp(-float(weights @ self.features()) - intercept))
 
 
-# Cosine of the nearest passage, share of the question's word weight that stands in a passage, weight share of the heaviest word
-# that stands in none, and the number (0..2) of proper names, identifiers and numbers of the question that stand in none.
-FEATURES = ("nearest passage", "words present", "heaviest word missing", "names missing")
+# Share of the question's word weight that stands in the two best passages, and in any passage; weight share of the heaviest word
+# that the best passage lacks; number (0..2) of proper names, identifiers and numbers that the three best passages lack.
+FEATURES = ("words in the best two", "words in any", "heaviest word missing", "names missing")
 
 
 def answerability_features(question: str, passages: Sequence[Passage]) -> list[float]:

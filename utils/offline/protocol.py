@@ -179,6 +179,16 @@ class EmbeddingRequest(_Strict):
     user: str | None = None
 
 
+class RerankRequest(_Strict):
+    """Body of POST /v1/rerank, in the form that Jina, Cohere, vLLM and llama.cpp share (OpenAI has no such route)."""
+
+    model: str
+    query: str = Field(min_length=1)
+    documents: list[str] = Field(min_length=1, max_length=MAX_BATCH)
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = False
+
+
 def parse(kind: type[_Body], body: bytes) -> _Body:
     """Read a request body.
 
@@ -196,7 +206,7 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
-        param = ".".join(path[: 1 if kind is EmbeddingRequest else 4])
+        param = ".".join(path[: 4 if kind is ChatRequest else 1])
         if first["type"] == "missing":
             raise ApiError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter") from None
         if first["type"] == "extra_forbidden":

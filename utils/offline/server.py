@@ -15,13 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL
+from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
+from utils.offline.answers import relevance
 from utils.offline.engine import Completion, complete
-from utils.offline.protocol import MAX_BATCH, MAX_INPUT_TOKENS, ApiError, ChatRequest, EmbeddingRequest, parse
+from utils.offline.protocol import MAX_BATCH, MAX_INPUT_TOKENS, ApiError, ChatRequest, EmbeddingRequest, RerankRequest, parse
 from utils.offline.text import embed, token_ids
 
 EMBEDDING_SIZES = (64, 128, 256)
 # The same request gets the same bytes, so the creation time is a constant (2026-01-01).
+MODELS = (CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL)
 _CREATED = 1_767_225_600
 
 
@@ -35,13 +37,13 @@ def create_app(api_key: str) -> Starlette:
 
     async def models(request: Request) -> Response:
         authorize(request)
-        data = [{"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"} for name in (CHAT_MODEL, EMBEDDING_MODEL)]
+        data = [{"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"} for name in MODELS]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
         authorize(request)
         name = request.path_params["name"]
-        _check_model(name, (CHAT_MODEL, EMBEDDING_MODEL))
+        _check_model(name, MODELS)
         return JSONResponse({"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"})
 
     async def chat(request: Request) -> Response:
@@ -60,6 +62,12 @@ def create_app(api_key: str) -> Starlette:
         _check_model(asked.model, (EMBEDDING_MODEL,))
         return JSONResponse(await run_in_threadpool(_embeddings_body, asked))
 
+    async def rerank(request: Request) -> Response:
+        authorize(request)
+        asked = parse(RerankRequest, await request.body())
+        _check_model(asked.model, (RERANK_MODEL,))
+        return JSONResponse(await run_in_threadpool(_rerank_body, asked))
+
     return Starlette(
         routes=[
             Route("/health", _health),
@@ -67,13 +75,14 @@ def create_app(api_key: str) -> Starlette:
             Route("/v1/models/{name:path}", model),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
+            Route("/v1/rerank", rerank, methods=["POST"]),
         ],
         exception_handlers={ApiError: _api_error, 404: _unknown_url, 405: _unknown_url, 500: _failed},
     )
 
 
 async def _health(request: Request) -> Response:
-    return JSONResponse({"status": "ok", "models": [CHAT_MODEL, EMBEDDING_MODEL]})
+    return JSONResponse({"status": "ok", "models": MODELS})
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -85,7 +94,7 @@ async def _unknown_url(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     message = (
         f"Unknown request URL: {request.method} {request.url.path}. This server has POST /v1/chat/completions, POST /v1/embeddings, "
-        "GET /v1/models and GET /health."
+        "POST /v1/rerank, GET /v1/models and GET /health."
     )
     return JSONResponse(ApiError(message, code="unknown_url").body, status_code=status)
 
@@ -182,3 +191,12 @@ def _embeddings_body(asked: EmbeddingRequest) -> dict[str, Any]:
         for number, vector in enumerate(vectors)
     ]
     return {"object": "list", "data": data, "model": EMBEDDING_MODEL, "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}}
+
+
+def _rerank_body(asked: RerankRequest) -> dict[str, Any]:
+    scores = relevance(asked.query, asked.documents)
+    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: asked.top_n]
+    results = [
+        {"index": i, "relevance_score": scores[i], **({"document": {"text": asked.documents[i]}} if asked.return_documents else {})} for i in ranked
+    ]
+    return {"model": RERANK_MODEL, "results": results, "usage": {"total_tokens": sum(len(token_ids(text)) for text in (asked.query, *asked.documents))}}
