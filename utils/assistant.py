@@ -1,4 +1,4 @@
-"""The assistant of `python3 -m utils ask`: one agent, the corpus in Milvus, searched by meaning and by words at once."""
+"""The assistant of `python3 -m utils ask`: one agent, the corpus in Milvus, searched by meaning and by words."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from utils import lesson, models
 from utils.errors import CourseError
 from utils.knowledge import SectionChunking, Text, load_corpus
+from utils.settings import load_settings
 
 INSTRUCTIONS = [
     "You answer questions about Agno and Milvus from a knowledge base.",
@@ -50,17 +51,21 @@ class Reply:
 class Library:
     """The corpus in one Milvus collection with a dense vector and a BM25 sparse vector per chunk.
 
-    The collection's name holds a digest of texts and embedder, so a changed corpus gets a new collection and the old one is
-    dropped. An interrupted start is noticed by the number of rows and repeated.
+    The collection's name holds a digest of texts and embedder, so a changed corpus gets a new collection and the old
+    one is dropped. An interrupted start is noticed by the number of rows and repeated.
     """
 
-    def __init__(self, uri: str, token: str, embedder: OpenAIEmbedder, texts: list[Text], progress: bool = False) -> None:
+    def __init__(
+        self, uri: str, token: str, embedder: OpenAIEmbedder, texts: list[Text], progress: bool = False
+    ) -> None:
         self._openai = OpenAI(base_url=embedder.base_url, api_key=embedder.api_key)
         self._embedder = embedder
         self._reranker = models.reranker()
         chunker = SectionChunking()
         documents = [
-            chunk for text in texts for chunk in chunker.chunk(Document(content=text.body, name=text.id, meta_data=text.metadata()))
+            chunk
+            for text in texts
+            for chunk in chunker.chunk(Document(content=text.body, name=text.id, meta_data=text.metadata()))
         ]
         mark = json.dumps([embedder.id, embedder.dimensions, [document.content for document in documents]])
         self.collection = f"ask_{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
@@ -90,7 +95,9 @@ class Library:
         schema.add_field("text", DataType.VARCHAR, max_length=16384, enable_analyzer=True)
         schema.add_field("dense", DataType.FLOAT_VECTOR, dim=self._embedder.dimensions)
         schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
-        schema.add_function(Function("bm25", FunctionType.BM25, input_field_names=["text"], output_field_names=["sparse"]))
+        schema.add_function(
+            Function("bm25", FunctionType.BM25, input_field_names=["text"], output_field_names=["sparse"])
+        )
         indexes = MilvusClient.prepare_index_params()
         indexes.add_index("dense", index_type="FLAT", metric_type="COSINE")
         indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25")
@@ -112,12 +119,13 @@ class Library:
         return [item.embedding for item in response.data]
 
     def search(self, query: str, limit: int = 10, mode: str = "reranked") -> list[dict[str, Any]]:
-        """The best chunks for a query, best first, as dicts with name, content and meta_data (the form that Agno expects).
+        """The best chunks for a query, best first, as dicts with name, content and meta_data (as Agno expects them).
 
         Args:
             query: the question.
             limit: how many chunks.
-            mode: "dense" (embeddings), "words" (BM25), "both" (fused by reciprocal rank), or "reranked" (both, then a reranker).
+            mode: "dense" (embeddings), "words" (BM25), "both" (fused by reciprocal rank), or "reranked" (both, then a
+                reranker).
         """
         pool = max(CANDIDATES, limit)
         found = self._search_milvus(query, pool if mode == "reranked" else limit, pool, mode)
@@ -131,10 +139,14 @@ class Library:
         words = AnnSearchRequest([query], "sparse", {}, pool)
         fields = ["document", "text"]
         if mode in ("both", "reranked"):
-            found = self._milvus.hybrid_search(self.collection, [dense, words], RRFRanker(FUSION_K), limit, output_fields=fields)
+            found = self._milvus.hybrid_search(
+                self.collection, [dense, words], RRFRanker(FUSION_K), limit, output_fields=fields
+            )
         else:
             one = {"dense": dense, "words": words}[mode]
-            found = self._milvus.search(self.collection, data=one.data, anns_field=one.anns_field, limit=limit, output_fields=fields)
+            found = self._milvus.search(
+                self.collection, data=one.data, anns_field=one.anns_field, limit=limit, output_fields=fields
+            )
         hits = [hit["entity"] for hit in found[0]]
         return [Document(content=hit["text"], name=hit["document"], meta_data={"id": hit["document"]}) for hit in hits]
 
@@ -147,17 +159,20 @@ class Library:
 def _explain(uri: str, error: MilvusException) -> str:
     if uri.endswith(".db"):
         return (
-            f"Milvus Lite cannot open {lesson.show_path(Path(uri))} ({error.message}): another process may hold it; wait for the other ask to end, or "
-            "delete that folder to build it anew."
+            f"Milvus Lite cannot open {lesson.show_path(Path(uri))} ({error.message}): another process may hold it; "
+            "wait for the other ask to end, or delete that folder to build it anew."
         )
-    return f"The Milvus server at {uri} failed ({error.message}): start it, check MILVUS_URI and MILVUS_TOKEN, and use Milvus 2.5 or later (BM25)."
+    return (
+        f"The Milvus server at {uri} failed ({error.message}): start it, check MILVUS_URI and MILVUS_TOKEN, and use "
+        "Milvus 2.5 or later (BM25)."
+    )
 
 
 def build_agent(library: Library, mode: str = "reranked") -> Agent:
     """The agent that searches `library` before it answers."""
 
-    def retrieve(query: str, num_documents: int | None = None, **_: Any) -> list[dict[str, Any]]:
-        return library.search(query, num_documents or 10, mode)
+    def retrieve(query: str, num_documents: int | None = None, **_: Any) -> list[dict[Any, Any] | str] | None:
+        return [*library.search(query, num_documents or 10, mode)]
 
     return Agent(
         name="Knowledge Assistant",
@@ -179,7 +194,12 @@ def ask(agent: Agent, question: str) -> Reply:
     if run.status != RunStatus.completed:
         raise AssistantError(f"The model did not answer: {run.content}")
     text = str(run.content)
-    found = {document["name"] for references in run.references or [] for document in references.references}
+    found = {
+        document["name"]
+        for references in run.references or []
+        for document in references.references or []
+        if isinstance(document, dict)
+    }
     cited = dict.fromkeys(name for name in re.findall(r"\[([\w.-]+)\]", text) if name in found)
     return Reply(text, tuple(cited), float(run.metrics.duration or 0) if run.metrics else 0.0)
 
@@ -190,8 +210,10 @@ def open_library(folder: Path, progress: bool = False) -> Library:
     Raises:
         CourseError: the model, the corpus or Milvus cannot be used; the sentence says what to do.
     """
-    settings = lesson.load_settings()
-    return Library(lesson.milvus_uri(folder, settings), settings.milvus_token, models.embedder(settings), load_corpus(), progress)
+    settings = load_settings()
+    return Library(
+        lesson.milvus_uri(folder, settings), settings.milvus_token, models.embedder(settings), load_corpus(), progress
+    )
 
 
 def ask_command(question: str) -> int:
@@ -203,6 +225,6 @@ def ask_command(question: str) -> int:
     reply = ask(build_agent(library), question)
     print(reply.text)
     print(f"sources: {', '.join(reply.sources) or 'none'}")
-    print(f"answered by: {models.connect(lesson.load_settings()).chat} on {lesson.describe_milvus(folder)}")
+    print(f"answered by: {models.connect(load_settings()).chat} on {lesson.describe_milvus(folder)}")
     library.close()
     return 0

@@ -24,7 +24,7 @@ NEEDED_GB = 1.0
 
 def main() -> int:
     """Examine everything, print a line each, and return 1 if anything needs a remedy, else 0."""
-    lesson._quiet()
+    lesson.quiet_logs()
     remedies: list[str] = []
     for name, examine in EXAMINATIONS:
         try:
@@ -60,7 +60,9 @@ def _packages() -> str:
     wrong = list(_wrong_packages())
     if wrong:
         raise CourseError(f"{', '.join(wrong)}: delete the folder .venv and run python3 -m utils lab.")
-    shown = ", ".join(f"{name} {version(name)}" for name in ("agno", "pymilvus", "milvus-lite", "openai", "jupyterlab", "nbval"))
+    shown = ", ".join(
+        f"{name} {version(name)}" for name in ("agno", "pymilvus", "milvus-lite", "openai", "jupyterlab", "nbval")
+    )
     return shown
 
 
@@ -88,7 +90,9 @@ def _settings() -> str:
 def _model() -> str:
     chat = models.connect(load_settings()).chat
     with OpenAI(base_url=chat.base_url, api_key=chat.api_key, timeout=60) as client:
-        reply = client.chat.completions.create(model=chat.model_id, messages=[{"role": "user", "content": "Say hello."}])
+        reply = client.chat.completions.create(
+            model=chat.model_id, messages=[{"role": "user", "content": "Say hello."}]
+        )
     if not reply.choices or not reply.choices[0].message.content:
         raise CourseError(f"{chat} answered without text: choose another model with MODEL_ID.")
     return f"{chat} answers"
@@ -98,7 +102,10 @@ def _embedder() -> str:
     found = models.connect(load_settings())
     vector = models.embedder().get_embedding("a test")
     if len(vector) != found.dimensions:
-        raise CourseError(f"{found.embedding} returned {len(vector)} numbers instead of {found.dimensions}: choose another with EMBEDDING_ID.")
+        raise CourseError(
+            f"{found.embedding} returned {len(vector)} numbers instead of {found.dimensions}: "
+            "choose another with EMBEDDING_ID."
+        )
     return f"{found.embedding} returns {found.dimensions} dimensions"
 
 
@@ -115,7 +122,9 @@ def _milvus() -> str:
         client.close()
         lesson.close_lite(Path(folder))
     if [hit["id"] for hit in hits] != [1]:
-        raise CourseError("Milvus Lite did not find the row just written: delete the folder .venv and run python3 -m utils lab.")
+        raise CourseError(
+            "Milvus Lite did not find the row just written: delete the folder .venv and run python3 -m utils lab."
+        )
     return f"Milvus Lite {version('milvus-lite')} writes and finds"
 
 

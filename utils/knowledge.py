@@ -4,9 +4,11 @@ questions.jsonl has one JSON object a line:
 
     id           unique name of the question
     question     as a user would ask it
-    documents    ids of the documents that answer it; any one of them does, unless difficulty is two_documents (then all)
+    documents    ids of the documents that answer it; any one of them does, unless difficulty is two_documents
+                 (then all)
     key_facts    texts that a correct answer contains, all of them; "a|b" means that either spelling will do
-    difficulty   words (shares words with the passage), paraphrase, two_documents, unanswerable (the corpus does not answer it)
+    difficulty   words (shares words with the passage), paraphrase, two_documents, unanswerable (the corpus does
+                 not answer it)
     split        dev (thresholds may be tuned on it) or test (never)
 """
 
@@ -84,7 +86,9 @@ def load_corpus(folder: Path = CORPUS) -> list[Text]:
         parts = path.read_text(encoding="utf-8").split("---\n", 2)
         header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
         if not isinstance(header, dict) or not {"id", "title", "topic", "source"} <= header.keys():
-            raise CorpusError(f"{path.name} does not start with front matter (id, title, topic, source between two lines of ---).")
+            raise CorpusError(
+                f"{path.name} does not start with front matter (id, title, topic, source between two lines of ---)."
+            )
         texts.append(Text(header["id"], header["title"], header["topic"], header["source"], parts[2].strip()))
     if not texts:
         raise CorpusError(f"No document in {folder.name}: bring the folder back with git checkout -- data/knowledge.")
@@ -100,17 +104,22 @@ def load_questions(split: str | None = None) -> list[Question]:
     try:
         lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
-        questions = [Question(**{**row, "documents": tuple(row["documents"]), "key_facts": tuple(row["key_facts"])}) for row in rows]
+        questions = [
+            Question(**{**row, "documents": tuple(row["documents"]), "key_facts": tuple(row["key_facts"])})
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"data/questions.jsonl cannot be read ({error}): bring it back with git checkout -- data/questions.jsonl.") from None
+        raise CorpusError(
+            f"data/questions.jsonl cannot be read ({error}): bring it back with git checkout -- data/questions.jsonl."
+        ) from None
     return [question for question in questions if split in (None, question.split)]
 
 
 class SectionChunking(ChunkingStrategy):
     """One chunk for each section of a Markdown document, headed by the document's title and the section's heading.
 
-    A section that is cut out of its page loses what it is about ("It needs 8 GB": what does?). Repeating the title gives the
-    embedder and the reader that context back.
+    A section that is cut out of its page loses what it is about ("It needs 8 GB": what does?). Repeating the title
+    gives the embedder and the reader that context back.
     """
 
     def chunk(self, document: Document) -> list[Document]:

@@ -43,15 +43,15 @@ def workspace(name: str, fresh: bool = True) -> Path:
     Raises:
         WorkspaceBusy: the same notebook is open in another kernel, which still uses the folder.
     """
-    _quiet()
+    quiet_logs()
     folder = load_settings().data_folder / name
     lock = folder.with_suffix(".lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
     holder = lock.read_text(encoding="ascii") if lock.exists() else ""
     if holder and holder != owner_mark() and is_alive(holder):
         raise WorkspaceBusy(
-            f"{name} is already running in another kernel (process {holder.partition(':')[0]}): shut that kernel down in JupyterLab's "
-            "'Running Terminals and Kernels' panel, then run this cell again."
+            f"{name} is already running in another kernel (process {holder.partition(':')[0]}): shut that kernel "
+            "down in JupyterLab's 'Running Terminals and Kernels' panel, then run this cell again."
         )
     lock.write_text(owner_mark(), encoding="ascii")
     if fresh and folder.exists():
@@ -67,11 +67,20 @@ def close_lite(folder: Path) -> None:
         lite_servers.release_server(path)
 
 
-def _quiet() -> None:
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def quiet_logs() -> None:
     """Keep the libraries' log lines out of the cells; their exceptions are raised all the same."""
-    # pymilvus logs the whole traceback of every error that it raises, and gRPC that of every call that Lite does not have.
+    # pymilvus logs the whole traceback of every error that it raises, and gRPC that of every call that Lite does not
+    # have.
     for name in ("pymilvus", "grpc", "milvus_lite"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Agno logs every search and, in colour, every failed run; the cells look at run.status instead. It sets its level anew
+    # on every run, so a filter it is.
+    for name in ("agno", "agno-team", "agno-workflow"):
+        logging.getLogger(name).addFilter(_nothing)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     pd.set_option("display.max_colwidth", None, "display.width", 120, "display.show_dimensions", False)
@@ -90,15 +99,17 @@ def describe_milvus(folder: Path, settings: Settings | None = None) -> str:
     """
     settings = settings or load_settings()
     if not settings.milvus_uri or settings.milvus_uri.endswith(".db"):
-        return f"Milvus Lite {version('milvus-lite')}, in this process, at {show_path(Path(milvus_uri(folder, settings)))}"
+        return (
+            f"Milvus Lite {version('milvus-lite')}, in this process, at {show_path(Path(milvus_uri(folder, settings)))}"
+        )
     try:
         client = MilvusClient(settings.milvus_uri, token=settings.milvus_token, timeout=10)
         found = client.get_server_version()
         client.close()
     except MilvusException:
         raise MilvusUnreachable(
-            f"No Milvus answers at {settings.milvus_uri} (or it refuses MILVUS_TOKEN): start the server, correct MILVUS_URI and MILVUS_TOKEN, or "
-            "remove MILVUS_URI to use Milvus Lite."
+            f"No Milvus answers at {settings.milvus_uri} (or it refuses MILVUS_TOKEN): start the server, "
+            "correct MILVUS_URI and MILVUS_TOKEN, or remove MILVUS_URI to use Milvus Lite."
         ) from None
     return f"Milvus server {found.removeprefix('v')} at {settings.milvus_uri}"
 

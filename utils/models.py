@@ -61,7 +61,8 @@ def chat_model(settings: Settings | None = None, **options: Any) -> OpenAIChat:
         SettingsError: see `load_settings`.
     """
     chat = connect(settings or load_settings()).chat
-    # OpenAI's own models know the role `developer` that OpenAIChat sends; other servers mostly know `system` (OpenAILike).
+    # OpenAI's own models know the role `developer` that OpenAIChat sends; other servers mostly know `system`
+    # (OpenAILike).
     kind = OpenAIChat if chat.provider == "openai" else OpenAILike
     return kind(id=chat.model_id, base_url=chat.base_url, api_key=chat.api_key, **options)
 
@@ -82,8 +83,8 @@ def embedder(settings: Settings | None = None) -> OpenAIEmbedder:
 class ServerReranker(Reranker):
     """An Agno reranker that asks a server with the /v1/rerank route that Jina, Cohere, vLLM and llama.cpp share.
 
-    Agno's own rerankers each need one vendor's client. `Knowledge(reranker=...)` fetches three times the wanted number of
-    documents and keeps the best of the new order.
+    Agno's own rerankers each need one vendor's client. `Knowledge(reranker=...)` fetches three times the wanted number
+    of documents and keeps the best of the new order.
     """
 
     base_url: str
@@ -150,7 +151,9 @@ def connect(settings: Settings) -> Models:
     url = settings.base_url or OPENAI_URL
     known = _list_models(url, settings.api_key)
     # Some servers need no key, but the client insists on one.
-    chat = Endpoint(settings.provider, url, _pick("MODEL_ID", settings.model_id, known, url), settings.api_key or "none")
+    chat = Endpoint(
+        settings.provider, url, _pick("MODEL_ID", settings.model_id, known, url), settings.api_key or "none"
+    )
     if not settings.embedding_id:
         server = _offline_server()
         return Models(chat, Endpoint("offline", server.base_url, EMBEDDING_MODEL, server.api_key), DIMENSIONS)
@@ -179,10 +182,14 @@ def _list_models(url: str, key: str) -> list[str]:
         raise ModelError(f"The model server at {url} refuses the key in OPENAI_API_KEY; check the key.") from None
     except openai.APIConnectionError:
         raise ModelError(
-            f"No model server answers at {url}; start it or correct OPENAI_BASE_URL, or set MODEL_PROVIDER=offline to work without one."
+            f"No model server answers at {url}; start it or correct OPENAI_BASE_URL, "
+            "or set MODEL_PROVIDER=offline to work without one."
         ) from None
     except openai.APIError as error:
-        raise ModelError(f"The model server at {url} does not list its models ({error.__class__.__name__}); is it OpenAI-compatible, and does the URL end in /v1?") from None
+        raise ModelError(
+            f"The model server at {url} does not list its models ({error.__class__.__name__}); "
+            "is it OpenAI-compatible, and does the URL end in /v1?"
+        ) from None
 
 
 def _pick(variable: str, wanted: str, known: list[str], url: str) -> str:
@@ -201,6 +208,7 @@ def _measure_dimensions(embedding: Endpoint) -> int:
             return len(client.embeddings.create(model=embedding.model_id, input="dimensions?").data[0].embedding)
     except openai.APIError as error:
         raise ModelError(
-            f"The model server at {embedding.base_url} does not embed text with '{embedding.model_id}' ({error.__class__.__name__}); "
-            "set EMBEDDING_ID to an embedding model, or leave it out for the offline embedder."
+            f"The model server at {embedding.base_url} does not embed text with '{embedding.model_id}' "
+            f"({error.__class__.__name__}); set EMBEDDING_ID to an embedding model, or leave it out for "
+            "the offline embedder."
         ) from None

@@ -22,7 +22,6 @@ from utils.bootstrap import ROOT
 from utils.errors import CourseError
 
 
-
 class ServerError(CourseError):
     """A server did not start, or ended before its time."""
 

@@ -1,17 +1,17 @@
 """Settings: environment variables and a `.env` file in the repository's folder become one frozen `Settings` object.
 
-| variable | meaning | default |
-|---|---|---|
-| MODEL_PROVIDER | openai, compatible or offline | openai if OPENAI_API_KEY is set, compatible if OPENAI_BASE_URL is set, else offline |
-| OPENAI_API_KEY | the key of OpenAI or of the compatible server | - |
-| OPENAI_BASE_URL | URL of an OpenAI-compatible server, ending in /v1 | - |
-| MODEL_ID | chat model | openai: gpt-5.4-mini; compatible: the only model that the server lists |
-| EMBEDDING_ID | embedding model | openai: text-embedding-3-small; compatible: the offline embedder |
-| MILVUS_URI | http://host:19530 of a server, or a path ending in .db for Milvus Lite | Milvus Lite in the notebook's own folder |
-| MILVUS_TOKEN | user:password or API key of that server | - |
-| AGNO_TELEMETRY | true lets Agno report runs to its makers | false |
-| LARGE_DATA | true uses the large data sets | false |
-| COURSE_DATA | folder for what notebooks write | data/local |
+    MODEL_PROVIDER    openai, compatible or offline (default: openai if OPENAI_API_KEY is set, compatible if
+                      OPENAI_BASE_URL is set, else offline)
+    OPENAI_API_KEY    the key of OpenAI or of the compatible server
+    OPENAI_BASE_URL   URL of an OpenAI-compatible server, ending in /v1
+    MODEL_ID          chat model (default: openai: gpt-5.4-mini; compatible: the only model that the server lists)
+    EMBEDDING_ID      embedding model (default: openai: text-embedding-3-small; compatible: the offline embedder)
+    MILVUS_URI        http://host:19530 of a server, or a path ending in .db for Milvus Lite (default: Milvus Lite in
+                      the notebook's own folder)
+    MILVUS_TOKEN      user:password or API key of that server
+    AGNO_TELEMETRY    true lets Agno report runs to its makers (default: false)
+    LARGE_DATA        true uses the large data sets (default: false)
+    COURSE_DATA       folder for what notebooks write (default: data/local)
 
 A variable of the environment wins over the same one in `.env`.
 """
@@ -83,11 +83,19 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     key, url = values.get("OPENAI_API_KEY", ""), values.get("OPENAI_BASE_URL", "").rstrip("/")
     provider = values.get("MODEL_PROVIDER", "").lower() or ("compatible" if url else "openai" if key else "offline")
     if provider not in PROVIDERS:
-        raise SettingsError(f"MODEL_PROVIDER is '{provider}'; set it to one of {', '.join(PROVIDERS)}, or leave it out for the offline model.")
+        raise SettingsError(
+            f"MODEL_PROVIDER is '{provider}'; set it to one of {', '.join(PROVIDERS)}, "
+            "or leave it out for the offline model."
+        )
     if provider == "openai" and not key:
-        raise SettingsError("MODEL_PROVIDER is openai but OPENAI_API_KEY is not set; put the key into .env, or set MODEL_PROVIDER=offline to work without one.")
+        raise SettingsError(
+            "MODEL_PROVIDER is openai but OPENAI_API_KEY is not set; put the key into .env, "
+            "or set MODEL_PROVIDER=offline to work without one."
+        )
     if provider == "compatible" and not url:
-        raise SettingsError("MODEL_PROVIDER is compatible but OPENAI_BASE_URL is not set; set it to the server's URL, for example http://localhost:11434/v1.")
+        raise SettingsError(
+            "MODEL_PROVIDER is compatible but OPENAI_BASE_URL is not set; set it to the server's URL, for example http://localhost:11434/v1."
+        )
     if provider == "compatible":
         _check_url("OPENAI_BASE_URL", url)
     uri = values.get("MILVUS_URI", "")
@@ -99,7 +107,9 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         api_key=key if provider != "offline" else "",
         base_url=url if provider == "compatible" else "",
         model_id=(values.get("MODEL_ID", "") or (OPENAI_MODEL if openai else "")) if provider != "offline" else "",
-        embedding_id=(values.get("EMBEDDING_ID", "") or (OPENAI_EMBEDDING if openai else "")) if provider != "offline" else "",
+        embedding_id=(values.get("EMBEDDING_ID", "") or (OPENAI_EMBEDDING if openai else ""))
+        if provider != "offline"
+        else "",
         milvus_uri=uri,
         milvus_token=values.get("MILVUS_TOKEN", ""),
         telemetry=_truth(values, "AGNO_TELEMETRY"),
@@ -111,7 +121,11 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
 def _check_url(name: str, value: str) -> None:
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        allowed = "a URL such as http://localhost:19530 or a path ending in .db" if name == "MILVUS_URI" else "a URL such as http://localhost:11434/v1"
+        allowed = (
+            "a URL such as http://localhost:19530 or a path ending in .db"
+            if name == "MILVUS_URI"
+            else "a URL such as http://localhost:11434/v1"
+        )
         raise SettingsError(f"{name} is '{value}', which is not {allowed}.")
 
 

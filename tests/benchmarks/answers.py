@@ -1,4 +1,6 @@
-"""How well the assistant finds and answers: `.venv/bin/python tests/benchmarks/answers.py` (on Windows .venv\\Scripts\\python).
+"""How well the assistant finds and answers: `.venv/bin/python tests/benchmarks/answers.py`.
+
+On Windows the interpreter is .venv\\Scripts\\python.
 
     (no option)     the test split, searched by dense vectors, by words (BM25), by both, and by both with a reranker
     --split dev     the dev split
@@ -79,7 +81,13 @@ def measure(library: Library, questions: list[Question], mode: str) -> pd.DataFr
                 "MRR": reciprocal_rank(ranked, question) if question.answerable else np.nan,
                 "correct": correct,
                 "refused": refused,
-                "lost": "" if correct or not question.answerable else "refusal" if refused else "choice" if in_passages else "retrieval",
+                "lost": ""
+                if correct or not question.answerable
+                else "refusal"
+                if refused
+                else "choice"
+                if in_passages
+                else "retrieval",
                 "ms": 1000 * seconds,
             }
         )
@@ -113,7 +121,9 @@ def fit(library: Library, questions: list[Question]) -> dict[str, Any]:
     weights = beta[:-1] / scale
     scores = x @ weights
     return {
-        "about": f"fitted on the dev split ({y.sum()} answerable, {(~y).sum()} not) by tests/benchmarks/answers.py --fit",
+        "about": (
+            f"fitted on the dev split ({y.sum()} answerable, {(~y).sum()} not) by tests/benchmarks/answers.py --fit"
+        ),
         "weights": {name: round(float(w), 4) for name, w in zip(FEATURES, weights, strict=True)},
         "intercept": round(-float(np.quantile(scores[y], WRONG_REFUSALS)), 4),
     }
@@ -125,7 +135,11 @@ def main() -> None:
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--show", action="store_true", help="list the questions whose key fact is missing, and wrong refusals (dev only)")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="list the questions whose key fact is missing, and wrong refusals (dev only)",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ |= {"COURSE_DATA": folder, "MODEL_PROVIDER": "offline", "MILVUS_URI": ""}
@@ -133,7 +147,9 @@ def main() -> None:
         library = open_library(workspace)
         if options.fit:
             fitted = fit(library, load_questions("dev"))
-            (ROOT / "utils" / "offline" / "answerable.json").write_text(json.dumps(fitted, indent=2) + "\n", encoding="utf-8")
+            (ROOT / "utils" / "offline" / "answerable.json").write_text(
+                json.dumps(fitted, indent=2) + "\n", encoding="utf-8"
+            )
             print(json.dumps(fitted, indent=2))
         else:
             report(library, load_questions(options.split), options)
@@ -147,7 +163,10 @@ def report(library: Library, questions: list[Question], options: argparse.Namesp
     tables = {mode: measure(library, questions, mode) for mode in MODES}
     figures = {mode: summary(table) for mode, table in tables.items()}
     answerable = sum(q.answerable for q in questions)
-    print(f"{options.split} split: {answerable} answerable questions, {len(questions) - answerable} that the corpus does not answer\n")
+    print(
+        f"{options.split} split: {answerable} answerable questions, "
+        f"{len(questions) - answerable} that the corpus does not answer\n"
+    )
     print(pd.DataFrame(figures).to_string(), "\n")
     both = tables["reranked"]
     for name, target in TARGETS.items():
@@ -158,14 +177,22 @@ def report(library: Library, questions: list[Question], options: argparse.Namesp
     print(both[both.answerable].groupby("difficulty").correct.agg(["mean", "count"]).round(2).to_string())
     lost = both[both.answerable & ~both.correct].lost.value_counts()
     print(f"\nwhere the missing key facts were lost: {', '.join(f'{n} in {part}' for part, n in lost.items())}")
-    print("(retrieval: not among the first 10 chunks; choice: found, but another sentence was quoted; refusal: declined)")
+    print(
+        "(retrieval: not among the first 10 chunks; choice: found, but another sentence was quoted; refusal: declined)"
+    )
     if options.show and options.split == "dev":
         for question, (_, row) in zip(questions, both.iterrows(), strict=True):
             if row.lost or (not row.answerable and not row.refused):
                 print(f"  {row.lost or 'answered'}: {question.question} {list(question.key_facts)}")
     if options.save:
         packages = {name: version(name) for name in ("agno", "pymilvus", "milvus-lite", "wordllama")}
-        result = {"date": date.today().isoformat(), "split": options.split, "questions": len(questions), "versions": packages, "modes": figures}
+        result = {
+            "date": date.today().isoformat(),
+            "split": options.split,
+            "questions": len(questions),
+            "versions": packages,
+            "modes": figures,
+        }
         path = ROOT / "data" / "benchmarks" / "answers.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -46,8 +46,8 @@ class OfflineServer:
 def start(log_file: Path | None = None) -> OfflineServer:
     """Start an offline server on a free port of 127.0.0.1 and wait until it answers.
 
-    It ends with `process.stop()`, at the end of this process, and within a second also if this process is killed. Without a
-    `log_file` the log goes to the system's folder for temporary files.
+    It ends with `process.stop()`, at the end of this process, and within a second also if this process is killed.
+    Without a `log_file` the log goes to the system's folder for temporary files.
 
     Raises:
         ServerError: it did not come up; the message ends with its log.

@@ -1,8 +1,8 @@
 """Extractive answers: the best sentences of the passages at hand, or a refusal.
 
-Nothing here writes prose. A sentence is ranked by meaning and by words (`SIGNALS`) and cited by its document. Whether the
-passages answer at all is decided by a logistic model (`FEATURES`), fitted on the dev split of data/questions.jsonl by
-`python tests/benchmarks/answers.py --fit`, which writes answerable.json.
+Nothing here writes prose. A sentence is ranked by meaning and by words (`SIGNALS`) and cited by its document. Whether
+the passages answer at all is decided by a logistic model (`FEATURES`), fitted on the dev split of data/questions.jsonl
+by `python tests/benchmarks/answers.py --fit`, which writes answerable.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from utils.offline.text import Sentence, Vector, Words, coverage, embed, markdown_sentences, stem, words_of
+from utils.offline.text import Sentence, Vector, coverage, embed, markdown_sentences, stem, words_of
 
 REFUSAL = "The knowledge base does not answer this question."
 MAX_SENTENCES = 8
@@ -69,12 +69,20 @@ class Answer:
         paragraphs: dict[str, list[str]] = {}
         for quote in self.quotes:
             paragraphs.setdefault(quote.source, []).append(quote.text)
-        return "\n\n".join(f"{' '.join(texts)}{f' [{source}]' if source else ''}" for source, texts in paragraphs.items())
+        return "\n\n".join(
+            _paragraph(texts) + (f" [{source}]" if source else "") for source, texts in paragraphs.items()
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Ids of the quoted documents, best first, without repetition; empty for a refusal."""
         return tuple(dict.fromkeys(quote.source for quote in self.quotes if quote.source and self.answered))
+
+
+def _paragraph(texts: list[str]) -> str:
+    """Sentences as running text; table rows and sentences with a code block on lines of their own, after the rest."""
+    apart = [text for text in texts if " | " in text or "```" in text]
+    return "\n".join(filter(None, (" ".join(text for text in texts if text not in apart), *apart)))
 
 
 def parse_passages(text: str, source: str = "") -> list[Passage]:
@@ -83,17 +91,18 @@ def parse_passages(text: str, source: str = "") -> list[Passage]:
     A document's source is `meta_data["id"]`, else its `name`. A citation that ends a sentence of plain text, such as
     `[milvus-lite]` in a team member's answer, is that sentence's source.
     """
-    for document in _documents(text):
-        break
-    else:
+    documents = _documents(text)
+    if not documents:
         return [
             Passage(_CITATION.sub("", part).strip(), match.group(1) if (match := _CITATION.search(part)) else source)
             for part in re.split(r"\n\s*\n", text)
             if part.strip()
         ]
     return [
-        Passage(str(document["content"]), str((document.get("meta_data") or {}).get("id") or document.get("name") or source))
-        for document in _documents(text)
+        Passage(
+            str(document["content"]), str((document.get("meta_data") or {}).get("id") or document.get("name") or source)
+        )
+        for document in documents
         if str(document.get("content") or "").strip()
     ]
 
@@ -124,13 +133,17 @@ SIGNALS = {
     "number": 0.2,  # the question asks for a number and the sentence has one
     "name": 0.2,  # the question asks for a setting, call or option and the sentence has a name in code marks
 }
-# A sentence gains this part of what the better of its neighbours in the paragraph is ahead: an answer often follows its topic.
+# A sentence gains this part of what the better of its neighbours in the paragraph is ahead: an answer often follows its
+# topic.
 NEIGHBOUR = 0.4
-# Sentences below this part of the best score are left out, and those that share this part of their words with a better one.
+# Sentences below this part of the best score are left out, and those that share this part of their words with a better
+# one.
 KEEP, SAME = 0.7, 0.7
 _ASKS_NUMBER = re.compile(
-    r"\bhow (many|much|long|big|large|often|fast|far|high|soon|old)\b|\b(which|what) (\w+ ){0,3}(ports?|size|number|share|percentage|limit"
-    r"|maximum|version|release|date|day|amount|factor|threshold|dimensions?)\b|\bwhen (was|were|did)\b",
+    r"\bhow (many|much|long|big|large|often|fast|far|high|soon|old)\b"
+    r"|\b(which|what) (\w+ ){0,3}(ports?|size|number|share|percentage|limit"
+    r"|maximum|version|release|date|day|amount|factor|threshold|dimensions?)\b"
+    r"|\bwhen (was|were|did)\b",
     re.I,
 )
 _ASKS_NAME = re.compile(
@@ -144,7 +157,7 @@ _ASKS_NAME = re.compile(
 def find_answer(
     question: str, passages: Sequence[Passage], max_sentences: int = MAX_SENTENCES, max_words: int = MAX_WORDS
 ) -> Answer:
-    """Pick the sentences that answer `question`, best first: at most `max_sentences`, together about `max_words` words."""
+    """Pick the sentences that answer `question`, best first: at most `max_sentences`, about `max_words` words."""
     search = _Search(question, passages)
     if not search.candidates or not search.asked.words:
         return Answer((), 0.0)
@@ -184,7 +197,11 @@ class _Search:
         for place, passage in enumerate(passages):
             for sentence in markdown_sentences(passage.text):
                 # Overlapping chunks repeat sentences, and some sentences only announce others.
-                if len(sentence.text.split()) < 3 or _ANNOUNCES.match(sentence.text) or (distinct and sentence.text in seen):
+                if (
+                    len(sentence.text.split()) < 3
+                    or _ANNOUNCES.match(sentence.text)
+                    or (distinct and sentence.text in seen)
+                ):
                     continue
                 seen.add(sentence.text)
                 self.candidates.append(sentence)
@@ -196,7 +213,8 @@ class _Search:
             self.scores = self._with_neighbours(self._score())
 
     def _score(self) -> NDArray[np.float32]:
-        # A word that every passage has (the topic of all of them) tells little; this is BM25's inverse document frequency.
+        # A word that every passage has (the topic of all of them) tells little; this is BM25's inverse document
+        # frequency.
         found = np.array([sum(stem(word) in words.stems for words in self._passage_words) for word in self.asked.words])
         telling = self.asked.weights * np.sqrt(np.log(1 + len(self.passages) / (found + 0.5)))
         telling = telling / telling.sum()
@@ -228,7 +246,7 @@ class _Search:
         return self.places[i] == self.places[j] and self.candidates[i].block == self.candidates[j].block
 
     def passage_scores(self) -> NDArray[np.float32]:
-        """How well each passage answers: its coverage of the question's words plus its best sentence, shape (len(passages),)."""
+        """How well a passage answers: coverage of the question's words plus best sentence; shape (len(passages),)."""
         best = np.zeros(len(self.passages), np.float32)
         np.maximum.at(best, self.places, self.scores)
         return np.asarray((self._passage_scores + best) / 2, np.float32)
@@ -270,8 +288,9 @@ class _Search:
         return 1 / (1 + math.exp(-float(weights @ self.features()) - intercept))
 
 
-# Share of the question's word weight that stands in the two best passages, and in any passage; weight share of the heaviest word
-# that the best passage lacks; number (0..2) of proper names, identifiers and numbers that the three best passages lack.
+# Share of the question's word weight that stands in the two best passages, and in any passage; weight share of the
+# heaviest word that the best passage lacks; number (0..2) of proper names, identifiers and numbers that the three best
+# passages lack.
 FEATURES = ("words in the best two", "words in any", "heaviest word missing", "names missing")
 
 

@@ -20,7 +20,9 @@ SEARCH_TOOL = re.compile(r"^(search|retrieve|lookup|find)_|_search$|^search$")
 DELEGATE_TOOL = re.compile(r"^delegate_task_to_members?$|^execute_task(s_parallel)?$")
 
 # Blocks that Agno puts into a user message beside the user's words.
-_BLOCK = re.compile(r"<(references|member_interaction_context|team_history_context|additional context|context)>(.*?)</\1>", re.S)
+_BLOCK = re.compile(
+    r"<(references|member_interaction_context|team_history_context|additional context|context)>(.*?)</\1>", re.S
+)
 _REFERENCES_LEAD = "Use the following references from the knowledge base if it helps:"
 _POINTS_BACK = re.compile(r"\b(it|its|that|this|they|them|their|those|these|there|one|ones)\b", re.I)
 # A request of at most this many words is one question; a longer one brings text along.
@@ -28,15 +30,22 @@ _SHORT = 60
 _CARRIES_ON = re.compile(r"^(and|but|so|what about|how about|why|also)\b", re.I)
 # "..., and which ...", also with a preposition before the question word.
 _SECOND_QUESTION = re.compile(
-    r"[,;]?\s+and\s+(?=(?:(?:by|in|on|at|under|with|for|from|to|of)\s+)?(?:which|what|how|where|when|who|why|does|do|is|are|can|should)\b)", re.I
+    r"[,;]?\s+and\s+(?=(?:(?:by|in|on|at|under|with|for|from|to|of)\s+)?"
+    r"(?:which|what|how|where|when|who|why|does|do|is|are|can|should)\b)",
+    re.I,
 )
 _ABOUT_TALK = re.compile(
-    r"\b(did|have|had) I (ask|say|tell|mention|want)|\bI (just )?(asked|said|told)\b|\bmy (first|last|previous) (question|message)"
-    r"|\bwe (talk|discuss|spoke)|\b(what|who|where)('s| is| am| are| do| did)? (I\b|my\b)|\babout me\b|\bremember (me|my)\b",
+    r"\b(did|have|had) I (ask|say|tell|mention|want)"
+    r"|\bI (just )?(asked|said|told)\b"
+    r"|\bmy (first|last|previous) (question|message)"
+    r"|\bwe (talk|discuss|spoke)"
+    r"|\b(what|who|where)('s| is| am| are| do| did)? (I\b|my\b)"
+    r"|\babout me\b|\bremember (me|my)\b",
     re.I,
 )
 _ABOUT_USER = re.compile(
-    r"\b(my name is|call me|I am|I'm|I work|I live|I prefer|I like|I use|I run|we use|we run|my (team|job|company|role) (is|are)|remember that)\b",
+    r"\b(my name is|call me|I am|I'm|I work|I live|I prefer|I like|I use|I run|we use|we run"
+    r"|my (team|job|company|role) (is|are)|remember that)\b",
     re.I,
 )
 
@@ -83,6 +92,8 @@ class Conversation:
         A follow-up ("And on a cluster?") takes the request before it along.
         """
         question = " ".join(self.request.split())
+        if "?" in question:  # what users say of themselves is not what they ask
+            question = " ".join(s for s in split_sentences(question) if s not in self.user_facts)
         if len(question.split()) > _SHORT:
             paragraphs = [p.strip() for p in re.split(r"\n\s*\n", self.request) if p.strip()]
             asked = [s for p in paragraphs for s in split_sentences(p) if s.endswith("?")]
@@ -94,9 +105,10 @@ class Conversation:
 
     @cached_property
     def questions(self) -> tuple[str, ...]:
-        """The parts of the question that can be looked up alone: its interrogative sentences, split before "and which ...".
+        """The parts of the question that can be looked up alone: its questions, split before "and which ...".
 
-        Each part takes the statements before it along, and a part that points back ("what does that mean?") the part before it.
+        Each part takes the statements before it along, and a part that points back ("what does that mean?") the part
+        before it.
         """
         sentences = split_sentences(self.question)
         context = " ".join(s for s in sentences if not s.endswith("?"))
@@ -126,11 +138,17 @@ class Conversation:
 
     @cached_property
     def searches(self) -> tuple[tuple[str, tuple[Passage, ...]], ...]:
-        """(query, passages) of each search of this turn, and of references that came with the message; empty ones left out."""
+        """(query, passages) of each search of this turn and of references that came with the message, if not empty."""
         found = [(self.question, block) for kind, block in self._blocks if kind == "references"]
         for call in self.called:
-            if SEARCH_TOOL.search(call.name) and call.result.strip() != NO_DOCUMENTS and not call.result.startswith(SEARCH_ERROR):
-                found.append((next((v for v in call.arguments.values() if isinstance(v, str)), self.question), call.result))
+            if (
+                SEARCH_TOOL.search(call.name)
+                and call.result.strip() != NO_DOCUMENTS
+                and not call.result.startswith(SEARCH_ERROR)
+            ):
+                found.append(
+                    (next((v for v in call.arguments.values() if isinstance(v, str)), self.question), call.result)
+                )
         parsed = [(query, tuple(dict.fromkeys(parse_passages(text)))) for query, text in found]
         return tuple((query, passages) for query, passages in parsed if passages)
 
@@ -158,9 +176,16 @@ class Conversation:
     @cached_property
     def known_about_user(self) -> tuple[str, ...]:
         """What the history and the memories in the system message say about the user, oldest first."""
-        memories = re.search(r"<memories_from_previous_interactions>(.*?)</memories_from_previous_interactions>", self.system, re.S)
+        memories = re.search(
+            r"<memories_from_previous_interactions>(.*?)</memories_from_previous_interactions>", self.system, re.S
+        )
         lines = [line.strip("- ").strip() for line in memories.group(1).splitlines()] if memories else []
-        stated = [s for text in self.earlier_requests for s in split_sentences(text) if _ABOUT_USER.search(s) and not s.endswith("?")]
+        stated = [
+            s
+            for text in self.earlier_requests
+            for s in split_sentences(text)
+            if _ABOUT_USER.search(s) and not s.endswith("?")
+        ]
         return tuple(dict.fromkeys(line for line in (*lines, *stated) if line))
 
 

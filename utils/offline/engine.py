@@ -16,8 +16,8 @@ from utils.offline.text import first_tokens, token_ids, words_of
 Searches = tuple[tuple[str, tuple[Passage, ...]], ...]
 EMPTY = "The knowledge base returned no documents. Upload documents first, then ask again."
 NOTHING_GIVEN = (
-    "No document was given to answer from. This is the extractive offline model: it quotes what tools and messages contain and cannot answer from "
-    "knowledge of its own."
+    "No document was given to answer from. This is the extractive offline model: it quotes what tools and messages "
+    "contain and cannot answer from knowledge of its own."
 )
 
 
@@ -44,7 +44,8 @@ def complete(request: ChatRequest) -> Completion:
     prompt_tokens = len(token_ids(canonical))
     if prompt_tokens > CONTEXT_TOKENS:
         raise ApiError(
-            f"This model's maximum context length is {CONTEXT_TOKENS} tokens. However, your messages resulted in {prompt_tokens} tokens.",
+            f"This model's maximum context length is {CONTEXT_TOKENS} tokens. "
+            f"However, your messages resulted in {prompt_tokens} tokens.",
             param="messages",
             code="context_length_exceeded",
         )
@@ -98,7 +99,10 @@ def _answer_parts(searches: Searches) -> Answer:
     if len(searches) == 1:
         return find_answer(*searches[0])
     share = 1.2 / len(searches)
-    answers = [find_answer(part, passages, max(2, round(share * MAX_SENTENCES)), round(share * MAX_WORDS)) for part, passages in searches]
+    answers = [
+        find_answer(part, passages, max(2, round(share * MAX_SENTENCES)), round(share * MAX_WORDS))
+        for part, passages in searches
+    ]
     quotes = {quote.text: quote for answer in answers for quote in answer.quotes}
     return Answer(tuple(quotes.values()), max(answer.confidence for answer in answers))
 
@@ -115,7 +119,8 @@ def _without_evidence(conversation: Conversation) -> str:
     searches = [call.result for call in conversation.called if SEARCH_TOOL.search(call.name)]
     failed = [result for result in searches if result.startswith(SEARCH_ERROR)]
     if failed:
-        return f"The search failed ({failed[0].removeprefix(SEARCH_ERROR).strip(': ')}), so there is nothing to answer from."
+        reason = failed[0].removeprefix(SEARCH_ERROR).strip(": ")
+        return f"The search failed ({reason}), so there is nothing to answer from."
     if searches:
         return EMPTY if all(result.strip() in (NO_DOCUMENTS, "") for result in searches) else REFUSAL
     if any(DELEGATE_TOOL.search(call.name) for call in conversation.called):
@@ -140,4 +145,6 @@ def _from_talk(conversation: Conversation) -> Findings:
         chosen = requests[0] if "first" in conversation.request else requests[-1]
         return _plain(conversation, f'You asked: "{chosen}"', answered=True)
     shown = [call.result for call in conversation.called]
-    return _plain(conversation, shown[0] if shown else "This conversation holds nothing about that yet.", answered=bool(shown))
+    return _plain(
+        conversation, shown[0] if shown else "This conversation holds nothing about that yet.", answered=bool(shown)
+    )

@@ -1,17 +1,20 @@
 """Which tools the offline engine calls, and with what: a fixed policy, one rule per kind of tool.
 
-| rule | tools | due |
-|---|---|---|
-| memory | update_user_memory, add_memory | the user states something about themselves that is not recorded yet |
-| history | get_chat_history, search_past_sessions | the request is about the conversation and the messages do not show it |
-| search | search_knowledge_base, search_*, retrieve_*, *_search | once a turn, before anything else is answered; several questions in one message are searched in parallel |
-| broadcast | delegate_task_to_members | once a turn |
-| delegate | delegate_task_to_member | route mode: the best fitting member; otherwise every member in turn, all at once if the user says "in parallel" |
-| tasks | create_task, execute_task, mark_all_complete | a task per member, each executed in turn, then the end |
-| other | any other tool | once, if the request names what the tool does and holds every required argument |
+Each rule with its tools and when a call is due:
 
-Rules are tried in this order and the first one with a due call wins. A forced tool (`tool_choice`) skips the question whether
-it is due.
+    memory      update_user_memory, add_memory: the user states something about themselves that is not recorded yet
+    history     get_chat_history, search_past_sessions: the request is about the conversation and the messages do not
+                show it
+    search      search_knowledge_base, search_*, retrieve_*, *_search: once a turn, before anything else is answered;
+                several questions in one message are searched in parallel
+    broadcast   delegate_task_to_members: once a turn
+    delegate    delegate_task_to_member: route mode: the best fitting member; otherwise every member in turn, all at
+                once if the user says "in parallel"
+    tasks       create_task, execute_task, mark_all_complete: a task per member, each executed in turn, then the end
+    other       any other tool: once, if the request names what the tool does and holds every required argument
+
+Rules are tried in this order and the first one with a due call wins. A forced tool (`tool_choice`) skips the question
+whether it is due.
 """
 
 from __future__ import annotations
@@ -87,7 +90,10 @@ def _forced(tools: Sequence[Function], conversation: Conversation) -> Decision:
     tool = tools[int((vectors[1:] @ vectors[0]).argmax())]
     arguments = fill_arguments(tool.parameters, conversation, guess=True)
     if arguments is None:
-        raise ApiError(f"The offline engine finds no value in the messages for a required argument of '{tool.name}'.", param="tool_choice")
+        raise ApiError(
+            f"The offline engine finds no value in the messages for a required argument of '{tool.name}'.",
+            param="tool_choice",
+        )
     return Decision(tool.name, arguments)
 
 
@@ -130,7 +136,11 @@ def _delegate(tool: Function, conversation: Conversation) -> list[Arguments]:
     everyone = members(conversation)
     done = {call.arguments.get("member_id") for call in conversation.called if call.name == tool.name}
     if "You work in route mode" in conversation.system:
-        return [] if done or not everyone else [{"member_id": _best_member(everyone, conversation), "task": conversation.request}]
+        return (
+            []
+            if done or not everyone
+            else [{"member_id": _best_member(everyone, conversation), "task": conversation.request}]
+        )
     waiting = [{"member_id": member, "task": conversation.request} for member, _ in everyone if member not in done]
     return waiting if _AT_ONCE.search(conversation.request) else waiting[:1]
 
@@ -138,7 +148,10 @@ def _delegate(tool: Function, conversation: Conversation) -> list[Arguments]:
 def _best_member(everyone: list[tuple[str, str]], conversation: Conversation) -> str:
     vectors = embed([conversation.request, *(about for _, about in everyone)])
     asked = words_of(conversation.request)
-    fits = [float(vectors[i + 1] @ vectors[0]) + weighted_coverage(asked, words_of(about)) for i, (_, about) in enumerate(everyone)]
+    fits = [
+        float(vectors[i + 1] @ vectors[0]) + weighted_coverage(asked, words_of(about))
+        for i, (_, about) in enumerate(everyone)
+    ]
     return everyone[fits.index(max(fits))][0]
 
 
@@ -148,9 +161,16 @@ def _tasks(tool: Function, conversation: Conversation) -> list[Arguments]:
     ids = [next(filter(None, match.groups())) for call in created if (match := _TASK_ID.search(call.result))]
     run = [call.arguments.get("task_id") for call in conversation.called if call.name == "execute_task"]
     if tool.name == "create_task" and not created:
-        return [{"title": f"{member}: {conversation.request[:60]}", "description": conversation.request, "assignee": member} for member, _ in everyone]
+        return [
+            {"title": f"{member}: {conversation.request[:60]}", "description": conversation.request, "assignee": member}
+            for member, _ in everyone
+        ]
     if tool.name == "execute_task":
-        return [{"task_id": task, "member_id": member} for task, (member, _) in zip(ids, everyone, strict=False) if task not in run][:1]
+        return [
+            {"task_id": task, "member_id": member}
+            for task, (member, _) in zip(ids, everyone, strict=False)
+            if task not in run
+        ][:1]
     if tool.name == "mark_all_complete" and run and not _times(conversation, tool.name):
         return [{"summary": f"{len(run)} of {len(created)} tasks executed."}]
     return []
@@ -193,7 +213,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def _properties(tool: Function) -> dict[str, dict[str, Any]]:
-    return {name: value if isinstance(value, dict) else {} for name, value in tool.parameters.get("properties", {}).items()}
+    return {
+        name: value if isinstance(value, dict) else {} for name, value in tool.parameters.get("properties", {}).items()
+    }
 
 
 def _required(tool: Function) -> list[str]:
@@ -203,9 +225,9 @@ def _required(tool: Function) -> list[str]:
 def fill_arguments(parameters: dict[str, Any], conversation: Conversation, guess: bool) -> Arguments | None:
     """Values for the required parameters, taken from the request's words; None when one is not there.
 
-    A choice (enum) must be named, a number must stand in the text, a text is what the request quotes or a proper name, and for
-    parameters such as `query`, `question`, `text` or `task` the whole request. With `guess` a text falls back to the whole
-    request, a choice to its first value, a number to 0 and a truth value to true.
+    A choice (enum) must be named, a number must stand in the text, a text is what the request quotes or a proper name,
+    and for parameters such as `query`, `question`, `text` or `task` the whole request. With `guess` a text falls back
+    to the whole request, a choice to its first value, a number to 0 and a truth value to true.
     """
     text = conversation.request
     numbers = [float(n) if "." in n else int(n) for n in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\w)", text)]

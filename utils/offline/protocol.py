@@ -1,8 +1,8 @@
 """The part of OpenAI's HTTP API that the offline server speaks: request models, checks, errors.
 
-Source: OpenAI's API reference for /v1/chat/completions, /v1/embeddings and /v1/models. A field that changes nothing for a
-deterministic engine (temperature, seed, user, ...) is accepted and has no effect; a field that would need another engine
-(n > 1, logprobs, audio) is refused, as is a field that OpenAI does not know.
+Source: OpenAI's API reference for /v1/chat/completions, /v1/embeddings and /v1/models. A field that changes nothing for
+a deterministic engine (temperature, seed, user, ...) is accepted and has no effect; a field that would need another
+engine (n > 1, logprobs, audio) is refused, as is a field that OpenAI does not know.
 """
 
 from __future__ import annotations
@@ -197,6 +197,8 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
     """
     try:
         data = json.loads(body)
+        # What Python reads but JSON does not know: NaN, infinity, half of a surrogate pair.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise ApiError("We could not parse the JSON body of your request.") from None
     if not isinstance(data, dict):
@@ -208,9 +210,13 @@ def parse(kind: type[_Body], body: bytes) -> _Body:
         path = [str(part) for part in first["loc"]]
         param = ".".join(path[: 4 if kind is ChatRequest else 1])
         if first["type"] == "missing":
-            raise ApiError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter") from None
+            raise ApiError(
+                f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
+            ) from None
         if first["type"] == "extra_forbidden":
-            raise ApiError(f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter") from None
+            raise ApiError(
+                f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter"
+            ) from None
         raise ApiError(f"Invalid value for '{param}': {first['msg']}.", param=param, code="invalid_value") from None
 
 
@@ -218,8 +224,9 @@ def check_chat(request: ChatRequest) -> None:
     """Check what the form of the fields alone does not say.
 
     Raises:
-        ApiError: a tool message without its call, a call without its result, a part that is not text, a forced tool that is
-            not offered, too many stop sequences, an invalid schema, or `json_object` without the word JSON in a message.
+        ApiError: a tool message without its call, a call without its result, a part that is not text, a forced tool
+            that is not offered, too many stop sequences, an invalid schema, or `json_object` without the word JSON in a
+            message.
     """
     waiting: set[str] = set()
     for number, message in enumerate(request.messages):
@@ -228,29 +235,38 @@ def check_chat(request: ChatRequest) -> None:
             for part in message.content:
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise ApiError(
-                        f"Invalid content part in '{where}': this server reads text parts only.", param=where, code="invalid_value"
+                        f"Invalid content part in '{where}': this server reads text parts only.",
+                        param=where,
+                        code="invalid_value",
                     )
         if message.role == "tool":
             if message.tool_call_id not in waiting:
                 raise ApiError(
-                    f"Invalid parameter: messages with role 'tool' must be a response to a preceding message with 'tool_calls' ('{where}').",
+                    f"Invalid parameter: messages with role 'tool' must be a response to a preceding message "
+                    f"with 'tool_calls' ('{where}').",
                     param=where,
                 )
             waiting.discard(message.tool_call_id)
             continue
         if waiting:
             raise ApiError(
-                "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+                "An assistant message with 'tool_calls' must be followed by tool messages responding to "
+                "each 'tool_call_id'. "
                 f"The following tool_call_ids did not have response messages: {', '.join(sorted(waiting))}",
                 param=where,
             )
         if message.role == "assistant":
             waiting = {call.id for call in message.tool_calls or []}
         elif message.content is None:
-            raise ApiError(f"Missing required parameter: '{where}.content'.", param=f"{where}.content", code="missing_required_parameter")
+            raise ApiError(
+                f"Missing required parameter: '{where}.content'.",
+                param=f"{where}.content",
+                code="missing_required_parameter",
+            )
     if waiting:
         raise ApiError(
-            "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+            "An assistant message with 'tool_calls' must be followed by tool messages responding to "
+            "each 'tool_call_id'. "
             f"The following tool_call_ids did not have response messages: {', '.join(sorted(waiting))}",
             param="messages",
         )
@@ -258,15 +274,23 @@ def check_chat(request: ChatRequest) -> None:
     for tool in request.tools or []:
         _check_schema(tool.function.parameters, f"tools.{tool.function.name}.parameters")
     if request.tool_choice is not None and not offered:
-        raise ApiError("Invalid value for 'tool_choice': 'tool_choice' is only allowed when 'tools' are specified.", param="tool_choice")
+        raise ApiError(
+            "Invalid value for 'tool_choice': 'tool_choice' is only allowed when 'tools' are specified.",
+            param="tool_choice",
+        )
     if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in offered:
         raise ApiError(
-            f"Invalid value for 'tool_choice': '{request.tool_choice.function.name}' is not one of the tools.", param="tool_choice"
+            f"Invalid value for 'tool_choice': '{request.tool_choice.function.name}' is not one of the tools.",
+            param="tool_choice",
         )
     if len(request.stops) > 4:
-        raise ApiError("Invalid 'stop': array too long. Expected at most 4 sequences.", param="stop", code="array_above_max_length")
+        raise ApiError(
+            "Invalid 'stop': array too long. Expected at most 4 sequences.", param="stop", code="array_above_max_length"
+        )
     if request.stream_options is not None and not request.stream:
-        raise ApiError("The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options")
+        raise ApiError(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+        )
     _check_response_format(request)
 
 
@@ -283,15 +307,18 @@ def _check_response_format(request: ChatRequest) -> None:
             )
         schema = wanted.json_schema.schema_
         _check_schema(schema, "response_format.json_schema.schema")
-        if wanted.json_schema.strict and (schema.get("type") != "object" or schema.get("additionalProperties") is not False):
+        if wanted.json_schema.strict and (
+            schema.get("type") != "object" or schema.get("additionalProperties") is not False
+        ):
             raise ApiError(
-                f"Invalid schema for response_format '{wanted.json_schema.name}': a strict schema needs \"type\": \"object\" and "
-                '"additionalProperties": false at its root.',
+                f"Invalid schema for response_format '{wanted.json_schema.name}': a strict schema needs "
+                '"type": "object" and "additionalProperties": false at its root.',
                 param="response_format",
             )
     elif wanted.type == "json_object" and not any("json" in message.text().lower() for message in request.messages):
         raise ApiError(
-            "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'.", param="messages"
+            "'messages' must contain the word 'json' in some form, to use 'response_format' of type 'json_object'.",
+            param="messages",
         )
 
 

@@ -18,7 +18,15 @@ from starlette.routing import Route
 from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
 from utils.offline.answers import relevance
 from utils.offline.engine import Completion, complete
-from utils.offline.protocol import MAX_BATCH, MAX_INPUT_TOKENS, ApiError, ChatRequest, EmbeddingRequest, RerankRequest, parse
+from utils.offline.protocol import (
+    MAX_BATCH,
+    MAX_INPUT_TOKENS,
+    ApiError,
+    ChatRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    parse,
+)
 from utils.offline.text import embed, token_ids
 
 EMBEDDING_SIZES = (64, 128, 256)
@@ -93,8 +101,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _unknown_url(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     message = (
-        f"Unknown request URL: {request.method} {request.url.path}. This server has POST /v1/chat/completions, POST /v1/embeddings, "
-        "POST /v1/rerank, GET /v1/models and GET /health."
+        f"Unknown request URL: {request.method} {request.url.path}. This server has POST /v1/chat/completions, "
+        "POST /v1/embeddings, POST /v1/rerank, GET /v1/models and GET /health."
     )
     return JSONResponse(ApiError(message, code="unknown_url").body, status_code=status)
 
@@ -107,7 +115,10 @@ async def _failed(request: Request, error: Exception) -> Response:
 def _check_model(name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise ApiError(
-            f"The model '{name}' does not exist. This route knows: {', '.join(known)}.", status=404, param="model", code="model_not_found"
+            f"The model '{name}' does not exist. This route knows: {', '.join(known)}.",
+            status=404,
+            param="model",
+            code="model_not_found",
         )
 
 
@@ -127,7 +138,11 @@ def _tool_calls(completion: Completion) -> list[dict[str, Any]]:
 
 
 def _chat_body(completion: Completion) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": None if completion.calls else completion.text, "refusal": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if completion.calls else completion.text,
+        "refusal": None,
+    }
     if completion.calls:
         message["tool_calls"] = _tool_calls(completion)
     return {
@@ -141,10 +156,15 @@ def _chat_body(completion: Completion) -> dict[str, Any]:
 
 
 def _events(completion: Completion, include_usage: bool) -> Iterator[str]:
-    """Server-sent events: the role, the answer word by word or the calls (name first, then the arguments in pieces), the end."""
+    """Server-sent events: the role, the answer word by word or the calls (name, then arguments in pieces), the end."""
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {"id": f"chatcmpl-{completion.id}", "object": "chat.completion.chunk", "created": _CREATED, "model": CHAT_MODEL}
+        body = {
+            "id": f"chatcmpl-{completion.id}",
+            "object": "chat.completion.chunk",
+            "created": _CREATED,
+            "model": CHAT_MODEL,
+        }
         return f"data: {json.dumps({**body, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
     def delta(content: dict[str, Any], reason: str | None = None) -> str:
@@ -154,7 +174,9 @@ def _events(completion: Completion, include_usage: bool) -> Iterator[str]:
     yield delta({"role": "assistant", "content": None if completion.calls else ""})
     for number, call in enumerate(_tool_calls(completion)):
         arguments = call["function"]["arguments"]
-        yield delta({"tool_calls": [{"index": number, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]})
+        yield delta(
+            {"tool_calls": [{"index": number, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]}
+        )
         for piece in re.findall(r"\S+\s*|\s+", arguments):
             yield delta({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
     for piece in re.findall(r"\S+\s*|\s+", completion.text):
@@ -174,29 +196,49 @@ def _embeddings_body(asked: EmbeddingRequest) -> dict[str, Any]:
         raise ApiError("Invalid 'input': input cannot be an empty string.", param="input")
     if max(counts) > MAX_INPUT_TOKENS:
         raise ApiError(
-            f"This model's maximum context length is {MAX_INPUT_TOKENS} tokens, however you requested {max(counts)} tokens.",
+            f"This model's maximum context length is {MAX_INPUT_TOKENS} tokens, "
+            f"however you requested {max(counts)} tokens.",
             param="input",
             code="context_length_exceeded",
         )
     size = DIMENSIONS if asked.dimensions is None else asked.dimensions
     if size not in EMBEDDING_SIZES:
-        raise ApiError(f"Invalid value for 'dimensions': {size}. This model has {', '.join(map(str, EMBEDDING_SIZES))}.", param="dimensions")
+        raise ApiError(
+            f"Invalid value for 'dimensions': {size}. This model has {', '.join(map(str, EMBEDDING_SIZES))}.",
+            param="dimensions",
+        )
     vectors = embed(texts, size)
     data = [
         {
             "object": "embedding",
             "index": number,
-            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode() if asked.encoding_format == "base64" else vector.tolist(),
+            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            if asked.encoding_format == "base64"
+            else vector.tolist(),
         }
         for number, vector in enumerate(vectors)
     ]
-    return {"object": "list", "data": data, "model": EMBEDDING_MODEL, "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}}
+    return {
+        "object": "list",
+        "data": data,
+        "model": EMBEDDING_MODEL,
+        "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)},
+    }
 
 
 def _rerank_body(asked: RerankRequest) -> dict[str, Any]:
     scores = relevance(asked.query, asked.documents)
     ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: asked.top_n]
     results = [
-        {"index": i, "relevance_score": scores[i], **({"document": {"text": asked.documents[i]}} if asked.return_documents else {})} for i in ranked
+        {
+            "index": i,
+            "relevance_score": scores[i],
+            **({"document": {"text": asked.documents[i]}} if asked.return_documents else {}),
+        }
+        for i in ranked
     ]
-    return {"model": RERANK_MODEL, "results": results, "usage": {"total_tokens": sum(len(token_ids(text)) for text in (asked.query, *asked.documents))}}
+    return {
+        "model": RERANK_MODEL,
+        "results": results,
+        "usage": {"total_tokens": sum(len(token_ids(text)) for text in (asked.query, *asked.documents))},
+    }

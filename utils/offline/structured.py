@@ -1,8 +1,9 @@
 """JSON answers: fill a schema from what was found.
 
-A field is filled by its type and name: `sources` gets document ids, `score` the confidence on the field's scale, `reason` and
-`answer` the quotes, any other text the sentence that fits the question together with the field's name and description, and a
-number the first number of that sentence. The result is validated; a schema that cannot be met is an error, not a wrong answer.
+A field is filled by its type and name: `sources` gets document ids, `score` the confidence on the field's scale,
+`reason` and `answer` the quotes, any other text the sentence that fits the question together with the field's name and
+description, and a number the first number of that sentence. The result is validated; a schema that cannot be met is an
+error, not a wrong answer.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def fill_schema(schema: dict[str, Any], findings: Findings) -> str:
         jsonschema.validate(value, schema, cls=jsonschema.Draft202012Validator)
     except jsonschema.ValidationError as error:
         raise ApiError(
-            f"The offline engine cannot fill this schema: {error.message[:200]}", param="response_format", code="unsupported_schema"
+            f"The offline engine cannot fill this schema: {error.message[:200]}",
+            param="response_format",
+            code="unsupported_schema",
         ) from None
     except Exception as error:  # a reference that leads nowhere is raised in several forms
         raise ApiError(f"Invalid schema in 'response_format': {str(error)[:200]}", param="response_format") from None
@@ -95,7 +98,9 @@ def _fill(schema: Any, root: dict[str, Any], name: str, found: Findings, depth: 
             properties = schema.get("properties", {})
             required = schema.get("required", [])
             # A schema that contains itself ends where its optional fields begin to repeat.
-            wanted = [p for p in properties if p in required or depth < 4] + [p for p in required if p not in properties]
+            wanted = [p for p in properties if p in required or depth < 4] + [
+                p for p in required if p not in properties
+            ]
             return {p: _fill(properties.get(p, {}), root, p, found, depth + 1) for p in wanted}
         case "array":
             return _fill_array(schema, root, name, found, depth)
@@ -119,7 +124,9 @@ def _fill_array(schema: dict[str, Any], root: dict[str, Any], name: str, found: 
         elif _TOPICS.search(name):
             values = [source.replace("-", " ") for source in found.sources]
         else:
-            values = [re.sub(r"\s*\[[\w.-]+\]$", "", line) for line in found.text.split("\n\n")] if found.answered else []
+            values = (
+                [re.sub(r"\s*\[[\w.-]+\]$", "", line) for line in found.text.split("\n\n")] if found.answered else []
+            )
     else:
         values = [_fill(item, root, name, found, depth + 1)] if found.answered and depth < 6 else []
     while len(values) < least:

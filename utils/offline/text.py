@@ -1,8 +1,8 @@
 """Words, sentences and vectors: what the offline engine knows about language.
 
-The vectors are WordLlama's (256 dimensions, one static vector per token of the Llama 2 vocabulary, shipped in its wheel).
-A text's vector is the mean of its token vectors. Frequent, empty tokens have short vectors and rare, telling ones long
-ones, so a vector's length also serves as the weight of a word.
+The vectors are WordLlama's (256 dimensions, one static vector per token of the Llama 2 vocabulary, shipped in its
+wheel). A text's vector is the mean of its token vectors. Frequent, empty tokens have short vectors and rare, telling
+ones long ones, so a vector's length also serves as the weight of a word.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ _root.handlers[:] = _handlers
 Vector = NDArray[np.float32]
 
 # The grammar of a question, not its subject. Everything else is weighed by its vector.
-STOP_WORDS = frozenset(
-    """a about after all also am an and any anybody anyone anything are as at be because been before being between both but by can
-    could did do does doing done for from get gets getting give given go goes going had happen happens has have having he her here him his
-    how i if in into is it its just kind let like made make makes making many may me might mine more most much must my need needs of off on
-    one only or other our out over own please really say says shall she should so some somebody someone something still such take takes tell
-    than that the their them then there these they thing things this those through to too up us use used using very want wants was
-    way we well were what when where whether which while who whom whose why will with without would you your""".split()
-)
+_GRAMMAR = """
+a about after all also am an and any anybody anyone anything are as at be because been before being between both but by
+can could did do does doing done for from get gets getting give given go goes going had happen happens has have having
+he her here him his how i if in into is it its just kind let like made make makes making many may me might mine more
+most much must my need needs of off on one only or other our out over own please really say says shall she should so
+some somebody someone something still such take takes tell than that the their them then there these they thing things
+this those through to too up us use used using very want wants was way we well were what when where whether which while
+who whom whose why will with without would you your
+"""
+STOP_WORDS = frozenset(_GRAMMAR.split())
 
 _WORD = re.compile(r"[A-Za-z0-9]+(?:[._@/-][A-Za-z0-9]+)*")
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+(?:\.[0-9]+)*")
-# A full stop ends a sentence unless it follows a common abbreviation; the next sentence starts with a capital, a digit or a mark.
+# A full stop ends a sentence unless it follows a common abbreviation; the next sentence starts with a capital, a digit
+# or a mark.
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!approx)[.!?][\"')\]`*]*\s+(?=[A-Z0-9`\"'(*\[<])")
 _stemmer = snowballstemmer.stemmer("english")
 _markdown = MarkdownIt("commonmark").enable("table")
@@ -50,15 +53,16 @@ _markdown = MarkdownIt("commonmark").enable("table")
 
 @cache
 def _model() -> WordLlamaInference:
-    # The tokenizer file lies in the package itself: WordLlama finds it there when the package folder is its cache folder.
+    # The tokenizer file lies in the package itself: WordLlama finds it there when the package folder is its cache
+    # folder.
     return wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
 
 
 def embed(texts: list[str], dimensions: int = DIMENSIONS) -> Vector:
     """Unit vectors of `texts`, shape (len(texts), dimensions).
 
-    WordLlama is trained so that a prefix of its vectors is a usable vector too (Matryoshka), so fewer dimensions than 256
-    are cut off and scaled to length 1 again. A text without any token gets a zero vector.
+    WordLlama is trained so that a prefix of its vectors is a usable vector too (Matryoshka), so fewer dimensions than
+    256 are cut off and scaled to length 1 again. A text without any token gets a zero vector.
     """
     if not texts:
         return np.zeros((0, dimensions), dtype=np.float32)
@@ -151,7 +155,9 @@ def split_sentences(paragraph: str) -> list[str]:
     """Sentences of plain running text."""
     text = " ".join(paragraph.split())
     starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
-    return [part for start, end in zip(starts, [*starts[1:], len(text)], strict=True) if (part := text[start:end].strip())]
+    return [
+        part for start, end in zip(starts, [*starts[1:], len(text)], strict=True) if (part := text[start:end].strip())
+    ]
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class Sentence:
 
 @lru_cache(maxsize=5_000)
 def markdown_sentences(document: str) -> tuple[Sentence, ...]:
-    """Sentences of a Markdown text: paragraphs and list items are split, a table row is one sentence, headings are context."""
+    """Sentences of a Markdown text: paragraphs and list items are split, a table row is one, headings are context."""
     sentences: list[Sentence] = []
     heading = ""
     row: list[str] = []
