@@ -1,17 +1,25 @@
-"""Fixtures for the tests of the command line. What all tests and notebooks share is in utils/testing.py."""
+"""Fixtures for several test modules. What all tests and notebooks share is in utils/testing.py."""
 
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from utils.bootstrap import ROOT
+
+if TYPE_CHECKING:
+    import openai
+
+    from utils.models import Models
+    from utils.offline import OfflineServer
 
 
 def make_wheel(folder: Path, name: str, version: str, code: str) -> None:
@@ -69,3 +77,47 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield make
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def offline_models() -> Models:
+    """The endpoints of the offline server that this process shares; started by the first test that asks for it."""
+    from utils import models  # here, so that tests which need no model do not wait for these libraries
+    from utils.settings import Settings
+
+    return models.connect(Settings())
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def course_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for what lesson.workspace() makes."""
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path / "course-data"))
+    return (tmp_path / "course-data").resolve()
+
+
+@pytest.fixture(scope="session")
+def offline_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfflineServer]:
+    """An offline model server of its own log file, one for all tests of its protocol."""
+    from utils import offline
+
+    with offline.start(tmp_path_factory.mktemp("offline") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(offline_server: OfflineServer) -> Iterator[openai.OpenAI]:
+    """The official client, as a program would make it, but without retries."""
+    import openai
+
+    with openai.OpenAI(
+        base_url=offline_server.base_url, api_key=offline_server.api_key, max_retries=0, timeout=60
+    ) as made:
+        yield made

@@ -87,7 +87,7 @@ class Library:
 
     def _fill(self, documents: list[Document], progress: bool) -> None:
         for old in self._milvus.list_collections():
-            if old.startswith("ask_"):
+            if re.fullmatch(r"ask_[0-9a-f]{12}", old):  # a server may hold the learner's own collections
                 self._milvus.drop_collection(old)
         schema = MilvusClient.create_schema()
         schema.add_field("id", DataType.VARCHAR, max_length=64, is_primary=True)

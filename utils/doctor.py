@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from packaging.requirements import Requirement
 from pymilvus import MilvusClient
 
@@ -30,7 +30,8 @@ def main() -> int:
         try:
             print(f"{name:<12} ok       {examine()}")
         except CourseError as error:
-            remedies.append(f"{name}: {error}")
+            if not any(remedy.endswith(f": {error}") for remedy in remedies):  # one cause shows in several lines
+                remedies.append(f"{name}: {error}")
             print(f"{name:<12} PROBLEM  {error}")
     print()
     if remedies:
@@ -89,10 +90,13 @@ def _settings() -> str:
 
 def _model() -> str:
     chat = models.connect(load_settings()).chat
-    with OpenAI(base_url=chat.base_url, api_key=chat.api_key, timeout=60) as client:
-        reply = client.chat.completions.create(
-            model=chat.model_id, messages=[{"role": "user", "content": "Say hello."}]
-        )
+    try:
+        with OpenAI(base_url=chat.base_url, api_key=chat.api_key, timeout=60) as client:
+            reply = client.chat.completions.create(
+                model=chat.model_id, messages=[{"role": "user", "content": "Say hello."}]
+            )
+    except OpenAIError as error:
+        raise CourseError(f"{chat} does not chat ({error.__class__.__name__}): set MODEL_ID to a chat model.") from None
     if not reply.choices or not reply.choices[0].message.content:
         raise CourseError(f"{chat} answered without text: choose another model with MODEL_ID.")
     return f"{chat} answers"

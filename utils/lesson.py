@@ -47,7 +47,7 @@ def workspace(name: str, fresh: bool = True) -> Path:
     folder = load_settings().data_folder / name
     lock = folder.with_suffix(".lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    holder = lock.read_text(encoding="ascii") if lock.exists() else ""
+    holder = lock.read_text(encoding="ascii", errors="replace") if lock.exists() else ""
     if holder and holder != owner_mark() and is_alive(holder):
         raise WorkspaceBusy(
             f"{name} is already running in another kernel (process {holder.partition(':')[0]}): shut that kernel "
@@ -63,7 +63,7 @@ def workspace(name: str, fresh: bool = True) -> Path:
 
 def close_lite(folder: Path) -> None:
     """Close every Milvus Lite database below `folder` that this process has open, so that its files may be removed."""
-    for path in [path for path in lite_servers._servers if Path(path).is_relative_to(folder.resolve())]:
+    for path in [path for path in lite_servers._servers if Path(path).resolve().is_relative_to(folder.resolve())]:
         lite_servers.release_server(path)
 
 

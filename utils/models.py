@@ -26,6 +26,9 @@ from utils.settings import Settings, load_settings
 OPENAI_URL = "https://api.openai.com/v1"
 EXTRACTIVE = "extractive: it quotes the sentences that fit best, or declines; it cannot reason"
 
+# What the openai client raises when the answer is a web page, other JSON, or half of what it should be.
+_NOT_THE_API = (AttributeError, IndexError, TypeError, ValueError)
+
 
 class ModelError(CourseError):
     """The model server cannot be reached, refuses the key, or does not know a model."""
@@ -185,7 +188,7 @@ def _list_models(url: str, key: str) -> list[str]:
             f"No model server answers at {url}; start it or correct OPENAI_BASE_URL, "
             "or set MODEL_PROVIDER=offline to work without one."
         ) from None
-    except openai.APIError as error:
+    except (openai.APIError, *_NOT_THE_API) as error:
         raise ModelError(
             f"The model server at {url} does not list its models ({error.__class__.__name__}); "
             "is it OpenAI-compatible, and does the URL end in /v1?"
@@ -197,16 +200,18 @@ def _pick(variable: str, wanted: str, known: list[str], url: str) -> str:
         return wanted
     if not wanted and len(known) == 1:
         return known[0]
+    if not known:
+        raise ModelError(f"The model server at {url} lists no model; load one there, or correct OPENAI_BASE_URL.")
     names = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     problem = f"does not know the model '{wanted}'" if wanted else "has several models"
-    raise ModelError(f"The model server at {url} {problem}; set {variable} to one of: {names or '(it lists none)'}.")
+    raise ModelError(f"The model server at {url} {problem}; set {variable} to one of: {names}.")
 
 
 def _measure_dimensions(embedding: Endpoint) -> int:
     try:
         with openai.OpenAI(base_url=embedding.base_url, api_key=embedding.api_key, timeout=30) as client:
             return len(client.embeddings.create(model=embedding.model_id, input="dimensions?").data[0].embedding)
-    except openai.APIError as error:
+    except (openai.APIError, *_NOT_THE_API) as error:
         raise ModelError(
             f"The model server at {embedding.base_url} does not embed text with '{embedding.model_id}' "
             f"({error.__class__.__name__}); set EMBEDDING_ID to an embedding model, or leave it out for "

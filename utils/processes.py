@@ -45,16 +45,19 @@ class ServerProcess:
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                start_new_session=sys.platform != "win32",
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
+            try:
+                self._process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env={**os.environ, **(environment or {})},
+                    start_new_session=sys.platform != "win32",
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                )
+            except OSError as error:
+                raise ServerError(f"The {name} cannot be started ({error.strerror}): {command[0]}") from None
         atexit.register(self.stop)
 
     @property
@@ -121,7 +124,7 @@ def is_alive(mark: str) -> bool:
     try:
         process = psutil.Process(int(pid))
         return abs(process.create_time() - float(started)) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.Error, ValueError):  # a process of someone else is not ours either; ValueError: not an owner mark
         return False
 
 

@@ -13,7 +13,7 @@
     LARGE_DATA        true uses the large data sets (default: false)
     COURSE_DATA       folder for what notebooks write (default: data/local)
 
-A variable of the environment wins over the same one in `.env`.
+A variable of the environment wins over the same one in `.env`. A relative path counts from the repository's folder.
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     Raises:
         SettingsError: a value is unknown or a needed one is missing; the message names the variable and what to set.
     """
-    from_file = {k: v for k, v in dotenv_values(env_file or ROOT / ".env").items() if v is not None}
+    try:
+        # The encoding without the mark that Windows editors put before the first variable.
+        found = dotenv_values(env_file or ROOT / ".env", encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env cannot be read ({error.__class__.__name__}); save it as UTF-8 text.") from None
+    from_file = {k: v for k, v in found.items() if v is not None}
     values = {k: v.strip() for k, v in {**from_file, **(os.environ if environment is None else environment)}.items()}
     key, url = values.get("OPENAI_API_KEY", ""), values.get("OPENAI_BASE_URL", "").rstrip("/")
     provider = values.get("MODEL_PROVIDER", "").lower() or ("compatible" if url else "openai" if key else "offline")
@@ -98,8 +103,12 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         )
     if provider == "compatible":
         _check_url("OPENAI_BASE_URL", url)
+    if provider != "offline" and not (key.isascii() and key.isprintable() and " " not in key):
+        raise SettingsError("OPENAI_API_KEY holds a character that no key has; copy the key again.")
     uri = values.get("MILVUS_URI", "")
-    if uri and not uri.endswith(".db"):
+    if uri.endswith(".db"):
+        uri = str(_path("MILVUS_URI", uri))
+    elif uri:
         _check_url("MILVUS_URI", uri)
     openai = provider == "openai"
     return Settings(
@@ -114,19 +123,35 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         milvus_token=values.get("MILVUS_TOKEN", ""),
         telemetry=_truth(values, "AGNO_TELEMETRY"),
         large_data=_truth(values, "LARGE_DATA"),
-        data_folder=Path(values.get("COURSE_DATA", "") or ROOT / "data" / "local").resolve(),
+        data_folder=_path("COURSE_DATA", values.get("COURSE_DATA", "") or "data/local"),
     )
 
 
 def _check_url(name: str, value: str) -> None:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.port != 0 and value.isprintable() and " " not in value
+        usable = usable and bool((parts.hostname or "").encode("idna"))
+    except ValueError:  # not a number after the colon, an unclosed bracket, no name of a computer
+        usable = False
+    if not usable:
         allowed = (
             "a URL such as http://localhost:19530 or a path ending in .db"
             if name == "MILVUS_URI"
             else "a URL such as http://localhost:11434/v1"
         )
         raise SettingsError(f"{name} is '{value}', which is not {allowed}.")
+    if "@" in parts.netloc:
+        better = "MILVUS_TOKEN" if name == "MILVUS_URI" else "OPENAI_API_KEY"
+        raise SettingsError(f"{name} holds a user or password, which would be shown; put it into {better} instead.")
+
+
+def _path(name: str, value: str) -> Path:
+    """A path as seen from the repository's folder, so that notebooks and the command line mean the same one."""
+    try:
+        return (ROOT / os.path.expanduser(value)).resolve()
+    except (OSError, ValueError, RuntimeError):
+        raise SettingsError(f"{name} is {value!r}, which is not a path.") from None
 
 
 def _truth(values: Mapping[str, str], name: str) -> bool:

@@ -99,12 +99,15 @@ def parse_passages(text: str, source: str = "") -> list[Passage]:
             if part.strip()
         ]
     return [
-        Passage(
-            str(document["content"]), str((document.get("meta_data") or {}).get("id") or document.get("name") or source)
-        )
+        Passage(document["content"], str(_meta_data(document).get("id") or document.get("name") or source))
         for document in documents
-        if str(document.get("content") or "").strip()
+        if document["content"].strip()
     ]
+
+
+def _meta_data(document: dict[str, Any]) -> dict[str, Any]:
+    found = document.get("meta_data")
+    return found if isinstance(found, dict) else {}
 
 
 def _documents(text: str) -> list[dict[str, Any]]:
@@ -112,15 +115,15 @@ def _documents(text: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith(("[", "{")):
         try:
             parsed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     elif text.lstrip().startswith("- ") and "content:" in text:
         try:
-            parsed = yaml.safe_load(text)
-        except yaml.YAMLError:
+            parsed = yaml.load(text, yaml.BaseLoader)  # every value stays text: there is nothing to convert wrongly
+        except (yaml.YAMLError, RecursionError):
             return []
     items = parsed if isinstance(parsed, list) else [parsed]
-    return [item for item in items if isinstance(item, dict) and "content" in item]
+    return [item for item in items if isinstance(item, dict) and isinstance(item.get("content"), str)]
 
 
 # How much each signal counts for the rank of a sentence; chosen on the dev split.

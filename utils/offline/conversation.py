@@ -23,6 +23,8 @@ DELEGATE_TOOL = re.compile(r"^delegate_task_to_members?$|^execute_task(s_paralle
 _BLOCK = re.compile(
     r"<(references|member_interaction_context|team_history_context|additional context|context)>(.*?)</\1>", re.S
 )
+# The conversation that Agno's session summaries put into the system message.
+_SUMMARISED = re.compile(r"<conversation>(.*?)</conversation>", re.S)
 _REFERENCES_LEAD = "Use the following references from the knowledge base if it helps:"
 _POINTS_BACK = re.compile(r"\b(it|its|that|this|they|them|their|those|these|there|one|ones)\b", re.I)
 # A request of at most this many words is one question; a longer one brings text along.
@@ -157,6 +159,7 @@ class Conversation:
         """What others answered: members of a team, and text that the user's message itself brings along."""
         texts = [c.result for c in self.called if DELEGATE_TOOL.search(c.name)]
         texts += [b for kind, b in self._blocks if kind != "references"]
+        texts += _SUMMARISED.findall(self.system)
         passages = [passage for text in texts for passage in parse_passages(_without_labels(text))]
         after = self.request.partition(self.question)[2] if self.question in self.request else ""
         if len(after.split()) > 25:
@@ -192,7 +195,7 @@ class Conversation:
 def _arguments(text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
 

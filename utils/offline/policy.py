@@ -115,12 +115,13 @@ def _history(tool: Function, conversation: Conversation) -> list[Arguments]:
 
 
 def _search(tool: Function, conversation: Conversation) -> list[Arguments]:
-    if _times(conversation, tool.name) or conversation.about_talk or not words_of(conversation.question).words:
+    if conversation.about_talk or not words_of(conversation.question).words:
         return []
     text_arguments = [name for name in _required(tool) if _properties(tool)[name].get("type") == "string"]
     if not text_arguments:
         return []
-    return [{**{name: question for name in text_arguments}} for question in conversation.questions]
+    waiting = conversation.questions[_times(conversation, tool.name) :]  # one call at a time: the others come later
+    return [{name: question for name in text_arguments} for question in waiting]
 
 
 def members(conversation: Conversation) -> list[tuple[str, str]]:
@@ -230,7 +231,7 @@ def fill_arguments(parameters: dict[str, Any], conversation: Conversation, guess
     to the whole request, a choice to its first value, a number to 0 and a truth value to true.
     """
     text = conversation.request
-    numbers = [float(n) if "." in n else int(n) for n in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\w)", text)]
+    numbers = [float(n) if "." in n else int(n) for n in re.findall(r"(?<![\w.])-?\d{1,15}(?:\.\d{1,15})?(?![\w.]*\w)", text)]
     quoted = re.findall(r"[\"“']([^\"”']+)[\"”']", text)
     names = re.findall(r"(?<!^)(?<![.?!] )\b([A-Z][\w-]*(?: [A-Z][\w-]*)*)", text)
     texts = [*quoted, *names]

@@ -9,17 +9,21 @@ error, not a wrong answer.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
+import referencing
 
 from utils.offline.answers import Passage, find_answer
 from utils.offline.protocol import ApiError
 from utils.offline.text import split_sentences
 
 _MAX_DEPTH = 12
+# Longer texts and lists are not made up to reach a minLength or minItems.
+_MAX_PADDING = 10_000
 _SOURCES = re.compile(r"source|citation|reference|document", re.I)
 _SCORE = re.compile(r"score|rating|confidence|probability|relevance", re.I)
 _WHOLE = re.compile(r"answer|summary|reason|explanation|content|text|response|report|rationale|message|result", re.I)
@@ -48,7 +52,8 @@ def fill_schema(schema: dict[str, Any], findings: Findings) -> str:
     """
     value = _fill(schema, schema, "", findings, 0)
     try:
-        jsonschema.validate(value, schema, cls=jsonschema.Draft202012Validator)
+        # The empty registry keeps a reference to another address from being fetched.
+        jsonschema.Draft202012Validator(schema, registry=referencing.Registry()).validate(value)
     except jsonschema.ValidationError as error:
         raise ApiError(
             f"The offline engine cannot fill this schema: {error.message[:200]}",
@@ -129,9 +134,9 @@ def _fill_array(schema: dict[str, Any], root: dict[str, Any], name: str, found: 
             )
     else:
         values = [_fill(item, root, name, found, depth + 1)] if found.answered and depth < 6 else []
-    while len(values) < least:
+    while len(values) < min(least, _MAX_PADDING):
         values.append(values[-1] if values else _fill(item, root, name, found, depth + 1))
-    return values[:most]
+    return values[: int(most)]
 
 
 def _choose(options: list[Any], name: str, found: Findings) -> Any:
@@ -155,6 +160,7 @@ def _number(schema: dict[str, Any], kind: str, name: str, found: Findings) -> in
     else:
         digits = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", _best_sentence(schema, name, found))
         value = float(digits[0].replace(",", "")) if digits else 0.0
+        value = value if math.isfinite(value) else 0.0
     if "exclusiveMinimum" in schema:
         low = schema["exclusiveMinimum"] + 1
     if "exclusiveMaximum" in schema:
@@ -175,5 +181,5 @@ def _text(schema: dict[str, Any], name: str, found: Findings) -> str:
         value = found.text
     else:
         value = _best_sentence(schema, name, found) or found.text
-    value = value[: schema["maxLength"]] if "maxLength" in schema else value
-    return value.ljust(schema.get("minLength", 0), ".")
+    value = value[: int(schema["maxLength"])] if "maxLength" in schema else value
+    return value.ljust(min(int(schema.get("minLength", 0)), _MAX_PADDING), ".")
