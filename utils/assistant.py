@@ -13,7 +13,7 @@ from agno.agent import Agent
 from agno.knowledge.document.base import Document
 from agno.knowledge.embedder.openai import OpenAIEmbedder
 from agno.run.base import RunStatus
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from pymilvus import AnnSearchRequest, DataType, Function, FunctionType, MilvusClient, RRFRanker
 from pymilvus.exceptions import MilvusException
 from tqdm import tqdm
@@ -115,7 +115,13 @@ class Library:
         self._milvus.flush(self.collection)
 
     def _embed(self, texts: list[str]) -> list[list[float]]:
-        response = self._openai.embeddings.create(model=self._embedder.id, input=texts)
+        try:
+            response = self._openai.embeddings.create(model=self._embedder.id, input=texts)
+        except OpenAIError as error:
+            raise AssistantError(
+                f"The embedder at {self._embedder.base_url} did not answer ({error.__class__.__name__}); ask again, "
+                "and if that does not help run python3 -m utils doctor."
+            ) from None
         return [item.embedding for item in response.data]
 
     def search(self, query: str, limit: int = 10, mode: str = "reranked") -> list[dict[str, Any]]:

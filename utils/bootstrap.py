@@ -92,10 +92,17 @@ def course_environment(root: Path = ROOT) -> Dict[str, str]:
         "PIP_USER": "0",
         "PYTHONPATH": str(ROOT),
         "PYTHONUTF8": "1",
+        # A company's proxy must not be asked for the servers of this machine.
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), _without_proxy()),
         # Milvus Lite and its clients live in processes that start others; gRPC must not hook into their fork.
         "GRPC_ENABLE_FORK_SUPPORT": "false",
     }
     return {**{name: value for name, value in os.environ.items() if name not in foreign}, **own}
+
+
+def _without_proxy() -> str:
+    found = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    return ",".join(dict.fromkeys([name.strip() for name in found.split(",") if name.strip()] + ["127.0.0.1", "localhost"]))
 
 
 def use_course_environment(root: Path = ROOT) -> None:

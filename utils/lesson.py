@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import textwrap
 import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -121,8 +123,12 @@ def show_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if inside else f".../{path.parent.name}/{path.name}"
 
 
-def show_setup(folder: Path) -> None:
+def show_setup(folder: Path, always_lite: bool = False) -> None:
     """Print the banner: which model, which embedder and which Milvus answer in this notebook.
+
+    Args:
+        folder: the notebook's `workspace`.
+        always_lite: the notebook uses Milvus Lite even if MILVUS_URI names a server.
 
     Raises:
         CourseError: one of them does not answer; the sentence says what to do.
@@ -131,9 +137,17 @@ def show_setup(folder: Path) -> None:
     found = models.connect(settings)
     print(f"model     {found.chat}")
     print(f"embedder  {found.embedding}, {found.dimensions} dimensions")
-    print(f"milvus    {describe_milvus(folder, settings)}")
+    print(f"milvus    {describe_milvus(folder, replace(settings, milvus_uri='') if always_lite else settings)}")
+    if always_lite and settings.milvus_uri:
+        print("          This notebook always uses Milvus Lite; MILVUS_URI is for `ask` and for notebooks that start servers.")
     if found.chat.provider == "offline":
         print(f"          The offline model is {models.EXTRACTIVE}.")
+
+
+def show_text(text: str, width: int = 100) -> None:
+    """Print a text, its long lines broken between words."""
+    for line in text.splitlines():
+        print(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
 
 
 def check(what: str, condition: object, otherwise: str) -> None:

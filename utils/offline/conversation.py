@@ -159,9 +159,9 @@ class Conversation:
         """What others answered: members of a team, and text that the user's message itself brings along."""
         texts = [c.result for c in self.called if DELEGATE_TOOL.search(c.name)]
         texts += [b for kind, b in self._blocks if kind != "references"]
-        texts += _SUMMARISED.findall(self.system)
+        texts += [talk.replace("\n", "\n\n") for talk in _SUMMARISED.findall(self.system)]
         passages = [passage for text in texts for passage in parse_passages(_without_labels(text))]
-        after = self.request.partition(self.question)[2] if self.question in self.request else ""
+        after = self.request.partition(self.question)[2] if self.question else ""
         if len(after.split()) > 25:
             passages += parse_passages(after)
         return tuple(p for p in dict.fromkeys(passages) if p.text and not p.text.startswith(REFUSAL))
@@ -203,4 +203,4 @@ def _arguments(text: str) -> dict[str, Any]:
 def _without_labels(text: str) -> str:
     """A member's answer without the labels by which Agno names the member, its task and its response."""
     lines = [line for line in text.splitlines() if not re.match(r"(Member|Task): |See below interactions", line)]
-    return re.sub(r"(?m)^(Response|Agent [^:\n]{1,60}): ", "\n", "\n".join(lines))
+    return re.sub(r"(?m)^(Response|Assistant|Agent [^:\n]{1,60}): ", "\n", "\n".join(lines))

@@ -40,7 +40,7 @@ def complete(request: ChatRequest) -> Completion:
         ApiError: the request is wrong, too long, or asks for what the engine cannot do.
     """
     check_chat(request)
-    canonical = request.model_dump_json()
+    canonical = request.model_dump_json(exclude={"stream", "stream_options"})
     prompt_tokens = len(token_ids(canonical))
     if prompt_tokens > CONTEXT_TOKENS:
         raise ApiError(

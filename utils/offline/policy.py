@@ -231,7 +231,8 @@ def fill_arguments(parameters: dict[str, Any], conversation: Conversation, guess
     to the whole request, a choice to its first value, a number to 0 and a truth value to true.
     """
     text = conversation.request
-    numbers = [float(n) if "." in n else int(n) for n in re.findall(r"(?<![\w.])-?\d{1,15}(?:\.\d{1,15})?(?![\w.]*\w)", text)]
+    figures = re.findall(r"(?<![\w.])-?\d{1,15}(?:\.\d{1,15})?(?![\w.]*\w)", text)
+    numbers = [float(n) if "." in n else int(n) for n in figures]
     quoted = re.findall(r"[\"“']([^\"”']+)[\"”']", text)
     names = re.findall(r"(?<!^)(?<![.?!] )\b([A-Z][\w-]*(?: [A-Z][\w-]*)*)", text)
     texts = [*quoted, *names]

@@ -327,3 +327,5 @@ def _check_schema(schema: dict[str, Any], where: str) -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ApiError(f"Invalid schema in '{where}': {error.message}", param=where.split(".")[0]) from None
+    except RecursionError:
+        raise ApiError(f"Invalid schema in '{where}': it is nested too deeply.", param=where.split(".")[0]) from None

@@ -165,7 +165,8 @@ def _events(completion: Completion, include_usage: bool) -> Iterator[str]:
             "created": _CREATED,
             "model": CHAT_MODEL,
         }
-        return f"data: {json.dumps({**body, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+        # Escaped to ASCII: some clients also end a line at U+2028 and the like.
+        return f"data: {json.dumps({**body, 'choices': choices, **more})}\n\n"
 
     def delta(content: dict[str, Any], reason: str | None = None) -> str:
         more = {"usage": None} if include_usage else {}

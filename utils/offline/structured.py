@@ -161,10 +161,11 @@ def _number(schema: dict[str, Any], kind: str, name: str, found: Findings) -> in
         digits = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", _best_sentence(schema, name, found))
         value = float(digits[0].replace(",", "")) if digits else 0.0
         value = value if math.isfinite(value) else 0.0
+    step = 1 if kind == "integer" else 0.001
     if "exclusiveMinimum" in schema:
-        low = schema["exclusiveMinimum"] + 1
+        low = schema["exclusiveMinimum"] + step
     if "exclusiveMaximum" in schema:
-        high = schema["exclusiveMaximum"] - 1
+        high = schema["exclusiveMaximum"] - step
     value = value if low is None else max(low, value)
     value = value if high is None else min(high, value)
     return round(value) if kind == "integer" else round(value, 3)

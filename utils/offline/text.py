@@ -77,9 +77,13 @@ def token_ids(text: str) -> list[int]:
 
 
 def first_tokens(text: str, count: int) -> str:
-    """The part of `text` that its first `count` tokens cover."""
-    offsets = _model().tokenizer.encode(text, add_special_tokens=False).offsets
-    return text if len(offsets) <= count else text[: offsets[count - 1][1]] if count > 0 else ""
+    """The longest beginning of `text` that has at most `count` tokens, cut where a token ends."""
+    ends = [end for _, end in _model().tokenizer.encode(text, add_special_tokens=False).offsets]
+    if len(ends) <= count:
+        return text
+    # A rare character is several tokens that all end behind it: the beginning may have more tokens than were counted off.
+    beginnings = (text[:end] for end in reversed(ends[:count]))
+    return next((part for part in beginnings if len(token_ids(part)) <= count), "")
 
 
 @lru_cache(maxsize=50_000)

@@ -1,0 +1,774 @@
+"""OpenAI's API as the offline server speaks it: a real server, the official client, and raw HTTP for what it cannot send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import enum
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import jsonschema
+import numpy as np
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from offline_messages import (
+    BACKUP,
+    BACKUP_QUESTION,
+    OTHER_QUESTION,
+    PORT_QUESTION,
+    PORTS,
+    SEARCH,
+    Json,
+    assistant,
+    called,
+    json_schema,
+    searched,
+    system,
+    tool,
+    user,
+)
+from pydantic import BaseModel, ConfigDict, Field
+
+from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL, OfflineServer
+
+BOTH = [PORTS, BACKUP]
+QUOTED = "Milvus listens for clients on port 19530."
+TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
+# The same examples in every run: a learner's red test is the learner's doing.
+modest = settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(scope="session")
+def http(offline_server: OfflineServer) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {offline_server.api_key}"}
+    root = offline_server.base_url.removesuffix("/v1")
+    with httpx.Client(base_url=root, headers=headers, timeout=60, trust_env=False) as made:
+        yield made
+
+
+def chat(client: openai.OpenAI, messages: list[Json], **options: Any) -> Any:
+    return client.chat.completions.create(model=CHAT_MODEL, messages=messages, **options)  # type: ignore[call-overload]
+
+
+def text_of(client: openai.OpenAI, messages: list[Json], **options: Any) -> str:
+    return str(chat(client, messages, **options).choices[0].message.content)
+
+
+def body(messages: list[Json], **options: Any) -> Json:
+    return {"model": CHAT_MODEL, "messages": messages, **options}
+
+
+def assert_error(response: httpx.Response, *statuses: int) -> Json:
+    """The response has one of the statuses and OpenAI's error object, which is returned."""
+    assert response.status_code in statuses, response.text
+    error: Json = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    return error
+
+
+# Models and health
+
+
+def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == [CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL]
+    assert [client.models.retrieve(model.id) for model in listed] == listed
+
+
+def test_health_needs_no_key_and_everything_else_does(http: httpx.Client) -> None:
+    assert httpx.get(f"{http.base_url}/health", trust_env=False).json()["status"] == "ok"
+    for method, path in (
+        ("GET", "v1/models"),
+        ("GET", f"v1/models/{CHAT_MODEL}"),
+        ("POST", "v1/chat/completions"),
+        ("POST", "v1/embeddings"),
+        ("POST", "v1/rerank"),
+    ):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic x"}):
+            response = httpx.request(method, f"{http.base_url}/{path}", headers=headers, json={}, trust_env=False)
+            assert assert_error(response, 401)["code"] == "invalid_api_key"
+
+
+# Chat
+
+
+def test_a_chat_completion_has_openais_form(client: openai.OpenAI) -> None:
+    completion = chat(client, searched(PORT_QUESTION, BOTH), tools=[SEARCH])
+    choice = completion.choices[0]
+    assert (completion.object, completion.model, len(completion.choices)) == ("chat.completion", CHAT_MODEL, 1)
+    assert (choice.finish_reason, choice.message.role, choice.message.tool_calls) == ("stop", "assistant", None)
+    assert choice.message.content == f"{QUOTED} [milvus-ports]"
+    usage = completion.usage
+    assert usage.prompt_tokens > 20 and usage.completion_tokens > 5
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_the_async_client_gets_the_same(client: openai.OpenAI, offline_server: OfflineServer) -> None:
+    async def ask() -> tuple[Any, str, list[str]]:
+        async with openai.AsyncOpenAI(base_url=offline_server.base_url, api_key=offline_server.api_key) as other:
+            messages: Any = searched(PORT_QUESTION, BOTH)
+            whole = await other.chat.completions.create(model=CHAT_MODEL, messages=messages)
+            stream = await other.chat.completions.create(model=CHAT_MODEL, messages=messages, stream=True)
+            streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            return whole, streamed, [model.id async for model in other.models.list()]
+
+    whole, streamed, models = asyncio.run(ask())
+    assert whole == chat(client, searched(PORT_QUESTION, BOTH))
+    assert streamed == whole.choices[0].message.content
+    assert CHAT_MODEL in models
+
+
+def test_content_parts_and_the_developer_role_are_read(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": part} for part in ("Which port does Milvus", "listen on for clients?")]
+    whole = searched(PORT_QUESTION.replace("Milvus listen", "Milvus\nlisten"), BOTH)
+    assert text_of(client, [user(parts), *whole[1:]]) == text_of(client, whole) == f"{QUOTED} [milvus-ports]"
+    memory = "<memories_from_previous_interactions>\n- My name is Ada.\n</memories_from_previous_interactions>"
+    for role in ("system", "developer"):
+        answer = text_of(client, [{"role": role, "content": memory}, user("What is my name?")])
+        assert answer == "You told me: My name is Ada."
+
+
+def test_fields_without_effect_have_none(client: openai.OpenAI) -> None:
+    plain = text_of(client, searched(PORT_QUESTION, BOTH))
+    options = {"temperature": 2, "top_p": 0.1, "seed": 7, "user": "u", "presence_penalty": 1, "logit_bias": {"1": 5}}
+    options |= {"n": 1, "store": False, "metadata": {"a": "b"}, "reasoning_effort": "low", "logprobs": False}
+    assert text_of(client, searched(PORT_QUESTION, BOTH), **options) == plain
+
+
+# Streaming
+
+
+def assembled(client: openai.OpenAI, messages: list[Json], **options: Any) -> tuple[Json, str, list[Any]]:
+    """The message that a stream adds up to, its finish reason, and its chunks."""
+    chunks = list(chat(client, messages, stream=True, **options))
+    message: Json = {"content": None, "tool_calls": []}
+    reasons = []
+    for chunk in chunks:
+        for choice in chunk.choices:
+            if choice.delta.content is not None:
+                message["content"] = (message["content"] or "") + choice.delta.content
+            for delta in choice.delta.tool_calls or []:
+                if delta.index == len(message["tool_calls"]):
+                    message["tool_calls"].append({"id": delta.id, "name": delta.function.name, "arguments": ""})
+                message["tool_calls"][delta.index]["arguments"] += delta.function.arguments
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert len(reasons) == 1
+    return message, reasons[0], chunks
+
+
+SEPARATED = "a\u2028b\u2029c\u0085d\u000be\u001cf\r\ng\t\u00a0h"
+STREAMED: dict[str, tuple[list[Json], Json]] = {
+    "answer": (searched(TWO_QUESTIONS, BOTH), {}),
+    "refusal": (searched(OTHER_QUESTION, BOTH), {}),
+    "one call": ([user(PORT_QUESTION)], {"tools": [SEARCH]}),
+    "two calls": ([user(TWO_QUESTIONS)], {"tools": [SEARCH]}),
+    "no arguments": ([user("x")], {"tools": [tool("now")], "tool_choice": "required"}),
+    "json": (searched(PORT_QUESTION, BOTH), {"response_format": json_schema({"type": "object", "properties": {}})}),
+    "cut": (searched(PORT_QUESTION, BOTH), {"max_tokens": 3}),
+    "empty": (searched(PORT_QUESTION, BOTH), {"stop": ["M"]}),
+    "line separators": ([user("x"), *called("f", {}, SEPARATED)], {}),
+}
+
+
+@pytest.mark.parametrize(("messages", "options"), STREAMED.values(), ids=STREAMED)
+def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, messages: list[Json], options: Json) -> None:
+    message, reason, chunks = assembled(client, messages, **options)
+    whole = chat(client, messages, **options)
+    expected = whole.choices[0].message
+    calls = [(call.id, call.function.name, call.function.arguments) for call in expected.tool_calls or []]
+    assert message["content"] == expected.content
+    assert [(call["id"], call["name"], call["arguments"]) for call in message["tool_calls"]] == calls
+    assert reason == whole.choices[0].finish_reason
+    assert {chunk.id for chunk in chunks} == {whole.id}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    pieces = len((expected.content or "").split())
+    assert len(chunks) >= 2 + pieces
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_the_stream_has_the_usage_only_if_asked(client: openai.OpenAI) -> None:
+    messages = searched(PORT_QUESTION, BOTH)
+    *chunks, last = chat(client, messages, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage == chat(client, messages).usage
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_the_event_stream_is_read_by_any_client(http: httpx.Client) -> None:
+    """Only line breaks may end a line of it, also for clients that take every Unicode line separator for one."""
+    asked = body([user("x"), *called("f", {}, SEPARATED)], stream=True)
+    with http.stream("POST", "/v1/chat/completions", json=asked) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *lines, last = [line for line in response.iter_lines() if line]
+    assert last == "data: [DONE]"
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("content") or "" for delta in deltas) == f"f returned: {SEPARATED}"
+
+
+def test_an_error_before_a_stream_is_an_error(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        chat(client, [user("x")], stream=True, stop=["a"] * 5)
+
+
+# Tools
+
+
+def calls_of(client: openai.OpenAI, messages: list[Json], **options: Any) -> list[tuple[str, Json]]:
+    choice = chat(client, messages, **options).choices[0]
+    calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or []]
+    assert choice.finish_reason == ("tool_calls" if calls else "stop")
+    assert (choice.message.content is None) == bool(calls)
+    return calls
+
+
+def test_it_searches_with_the_question_and_answers_with_what_came_back(client: openai.OpenAI) -> None:
+    assert calls_of(client, [user(PORT_QUESTION)], tools=[SEARCH]) == [
+        ("search_knowledge_base", {"query": PORT_QUESTION})
+    ]
+    assert calls_of(client, searched(PORT_QUESTION, BOTH), tools=[SEARCH]) == []
+
+
+def test_tool_choice(client: openai.OpenAI) -> None:
+    weather = tool("get_weather", "Get the weather of a city.", city="string")
+    tools = [SEARCH, weather]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    ask = [user(PORT_QUESTION)]
+    assert calls_of(client, ask, tools=tools, tool_choice="none") == []
+    assert calls_of(client, ask, tools=tools, tool_choice="auto") == calls_of(client, ask, tools=tools)
+    assert calls_of(client, ask, tools=[weather], tool_choice="auto") == []
+    assert [name for name, _ in calls_of(client, ask, tools=[weather], tool_choice="required")] == ["get_weather"]
+    assert [name for name, _ in calls_of(client, ask, tools=tools, tool_choice=named)] == ["get_weather"]
+    # Forced again although it was called already.
+    again = searched(PORT_QUESTION, BOTH)
+    assert [n for n, _ in calls_of(client, again, tools=[SEARCH], tool_choice="required")] == ["search_knowledge_base"]
+
+
+def test_parallel_calls(client: openai.OpenAI) -> None:
+    queries = [("search_knowledge_base", {"query": question}) for question in (PORT_QUESTION, BACKUP_QUESTION)]
+    assert calls_of(client, [user(TWO_QUESTIONS)], tools=[SEARCH]) == queries
+    assert calls_of(client, [user(TWO_QUESTIONS)], tools=[SEARCH], parallel_tool_calls=True) == queries
+    # One at a time, the second question is searched after the first.
+    one = {"tools": [SEARCH], "parallel_tool_calls": False}
+    messages = [user(TWO_QUESTIONS)]
+    for number, (name, arguments) in enumerate(queries):
+        assert calls_of(client, messages, **one) == [(name, arguments)]
+        messages += called(name, arguments, json.dumps(BOTH), number)
+    assert calls_of(client, messages, **one) == []
+    answer = text_of(client, messages, **one)
+    assert "[milvus-ports]" in answer and "[milvus-backup]" in answer
+
+
+# JSON answers
+
+
+class Level(enum.Enum):
+    low = "low"
+    high = "high"
+
+
+class Evidence(BaseModel):
+    document: str
+    quote: str = Field(min_length=3, max_length=40)
+
+
+class Node(BaseModel):
+    title: str
+    parent: Node | None
+    children: list[Node]
+
+
+class Report(BaseModel):
+    """Nested objects, references, a choice, optional fields, lists, bounds."""
+
+    model_config = ConfigDict(extra="forbid")
+    answer: str
+    sources: list[str]
+    level: Level
+    score: int = Field(ge=1, le=10)
+    share: float = Field(gt=0, lt=1)
+    port: int = Field(ge=1, le=65535)
+    evidence: Evidence
+    more: list[Evidence] = Field(min_length=2, max_length=3)
+    remark: str | None
+    tree: Node
+    tags: list[Level] = []
+    done: bool
+    by_name: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("question", [PORT_QUESTION, OTHER_QUESTION])
+def test_a_pydantic_model_is_filled(client: openai.OpenAI, question: str) -> None:
+    wanted = json_schema(Report.model_json_schema(), strict=True)
+    report = Report.model_validate_json(text_of(client, searched(question, BOTH), response_format=wanted))
+    answered = question == PORT_QUESTION
+    assert report.done is answered
+    assert report.sources == (["milvus-ports"] if answered else [])
+    assert report.answer.startswith(QUOTED) is answered
+    assert not answered or (report.port == 19530 and report.evidence.document == "milvus-ports")
+
+
+def test_the_clients_parse_returns_the_model(client: openai.OpenAI) -> None:
+    class Answer(BaseModel):
+        answer: str
+        sources: list[str]
+        evidence: Evidence | None
+
+    messages: Any = searched(PORT_QUESTION, BOTH)
+    parsed = client.chat.completions.parse(model=CHAT_MODEL, messages=messages, response_format=Answer)
+    answer = parsed.choices[0].message.parsed
+    assert answer is not None and answer.sources == ["milvus-ports"] and answer.answer.startswith(QUOTED)
+
+
+def test_json_object(client: openai.OpenAI) -> None:
+    messages = [system("Answer in JSON."), *searched(PORT_QUESTION, BOTH)]
+    reply = json.loads(text_of(client, messages, response_format={"type": "json_object"}))
+    assert reply == {"answer": f"{QUOTED} [milvus-ports]", "sources": ["milvus-ports"]}
+    with pytest.raises(openai.BadRequestError, match="json"):
+        chat(client, searched(PORT_QUESTION, BOTH), response_format={"type": "json_object"})
+
+
+def bounds(name: str, smallest: int, largest: int) -> st.SearchStrategy[Json]:
+    """Up to two bounds of a schema, the lower one not above the upper one."""
+    low, high = {"number": ("minimum", "maximum")}.get(name, (f"min{name}", f"max{name}"))
+    pairs = st.tuples(*[st.none() | st.integers(smallest, largest)] * 2)
+    ordered = pairs.map(lambda p: sorted(p) if None not in p else list(p))  # type: ignore[type-var]
+    return ordered.map(lambda p: {k: v for k, v in zip((low, high), p, strict=True) if v is not None})
+
+
+names = st.sampled_from(["answer", "sources", "score", "port", "level", "items", "x", "title", "topics", "question"])
+leaves = st.one_of(
+    bounds("Length", 0, 60).map(lambda b: {"type": "string", **b}),
+    st.tuples(st.sampled_from(["integer", "number"]), bounds("number", -50, 50)).map(lambda t: {"type": t[0], **t[1]}),
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.just({"$ref": "#/$defs/Level"}),
+    st.lists(st.sampled_from(["a", "b", "Milvus", 1, 2.5, None, True]), min_size=1, max_size=3).map(
+        lambda options: {"enum": options}
+    ),
+)
+
+
+def composed(inner: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
+    objects = st.dictionaries(names, inner, max_size=3).flatmap(
+        lambda properties: st.builds(
+            lambda required, more: {
+                "type": "object",
+                "properties": properties,
+                "required": required,
+                "additionalProperties": more,
+            },
+            st.lists(st.sampled_from(sorted(properties)), unique=True) if properties else st.just([]),
+            st.booleans(),
+        )
+    )
+    arrays = st.tuples(inner, bounds("Items", 0, 4)).map(lambda t: {"type": "array", "items": t[0], **t[1]})
+    optional = inner.map(lambda schema: {"anyOf": [schema, {"type": "null"}], "default": None})
+    return objects | arrays | optional
+
+
+schemas = st.recursive(leaves, composed, max_leaves=6)
+
+
+@modest
+@given(schema=schemas, question=st.sampled_from([PORT_QUESTION, OTHER_QUESTION]))
+def test_a_reply_follows_its_schema(http: httpx.Client, schema: Json, question: str) -> None:
+    root = {
+        "type": "object",
+        "properties": {"value": schema},
+        "required": ["value"],
+        "$defs": {"Level": {"type": "string", "enum": ["low", "high"]}},
+    }
+    asked = body(searched(question, BOTH), response_format=json_schema(root))
+    response = http.post("/v1/chat/completions", json=asked)
+    assert response.status_code == 200, response.text
+    jsonschema.Draft202012Validator(root).validate(json.loads(response.json()["choices"][0]["message"]["content"]))
+
+
+HARD_SCHEMAS: dict[str, Json] = {
+    "pattern": {"type": "string", "pattern": "^[0-9]{4}$"},
+    "nothing is valid": {"not": {}},
+    "minLength without end": {"type": "string", "minLength": 10**12},
+    "minItems without end": {"type": "array", "items": {"type": "integer"}, "minItems": 10**12},
+    "contains itself": {"$ref": "#"},
+    "leads nowhere": {"$ref": "#/$defs/Missing"},
+    "other address": {"$ref": "http://127.0.0.1:9/schema.json"},
+    "a file": {"$ref": "file:///etc/hostname"},
+    "bounds that cross": {"type": "integer", "minimum": 3, "maximum": 2},
+    "not a schema": {"type": "objekt"},
+    "not a regular expression": {"type": "string", "pattern": "("},
+}
+
+
+@pytest.mark.parametrize("schema", HARD_SCHEMAS.values(), ids=HARD_SCHEMAS)
+def test_a_schema_that_cannot_be_met_is_refused(http: httpx.Client, schema: Json) -> None:
+    root = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+    asked = body(searched(PORT_QUESTION, BOTH), response_format=json_schema(root))
+    assert_error(http.post("/v1/chat/completions", json=asked), 400)
+
+
+def test_a_number_too_large_for_a_float_is_no_failure(client: openai.OpenAI) -> None:
+    document = {"name": "d", "content": f"Milvus listens on port {'9' * 400} for clients."}
+    schema = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"]}
+    reply = text_of(client, searched(PORT_QUESTION, [document]), response_format=json_schema(schema))
+    assert json.loads(reply) == {"port": 0}
+    multiply = tool("multiply", "Multiply.", a="integer")
+    assert calls_of(client, [user(f"Please multiply {'9' * 5000}")], tools=[multiply]) == []
+
+
+# Limits of the answer
+
+
+def test_stop_and_max_tokens(client: openai.OpenAI) -> None:
+    messages = searched(PORT_QUESTION, BOTH)
+    whole = text_of(client, messages)
+    stopped = chat(client, messages, stop=[" port", "never"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("Milvus listens for clients on", "stop")
+    for name in ("max_tokens", "max_completion_tokens"):
+        cut = chat(client, messages, **{name: 5})
+        assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens <= 5
+        assert whole.startswith(cut.choices[0].message.content) and cut.choices[0].message.content
+    enough = chat(client, messages, max_tokens=500).choices[0]
+    assert (enough.message.content, enough.finish_reason) == (whole, "stop")
+
+
+@modest
+@given(
+    told=st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    stop=st.lists(st.text(max_size=3) | st.sampled_from(["port", " ", ".", "e"]), max_size=4),
+    limit=st.none() | st.integers(1, 40),
+)
+def test_any_stop_and_limit_is_honoured(http: httpx.Client, told: str, stop: list[str], limit: int | None) -> None:
+    document = {"name": "d", "content": f"Milvus listens on port 19530 for clients. {told}"}
+    messages = searched(f"{PORT_QUESTION} {told}", [document])
+    asked = body(messages, stop=stop, max_tokens=limit)
+    reply = http.post("/v1/chat/completions", json=asked).json()
+    text = reply["choices"][0]["message"]["content"]
+    whole = http.post("/v1/chat/completions", json=body(messages)).json()["choices"][0]["message"]["content"]
+    assert whole.startswith(text)
+    assert not any(mark in text for mark in stop if mark)
+    assert limit is None or reply["usage"]["completion_tokens"] <= limit
+    stopped = any(whole.startswith(text + mark) for mark in stop if mark)
+    assert text == whole or stopped or reply["choices"][0]["finish_reason"] == "length"
+
+
+# Embeddings and rerank
+
+
+def embedded(client: openai.OpenAI, texts: Any, **options: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    reply = client.embeddings.create(model=EMBEDDING_MODEL, input=texts, **options)
+    assert [item.index for item in reply.data] == list(range(len(reply.data)))
+    assert reply.usage.prompt_tokens == reply.usage.total_tokens > 0
+    return np.array([item.embedding for item in reply.data])
+
+
+def test_embeddings_are_unit_vectors_in_the_order_of_the_texts(client: openai.OpenAI) -> None:
+    texts = [PORT_QUESTION, BACKUP_QUESTION, "Grüße aus Köln", "x", "port 19530"]
+    vectors = embedded(client, texts)
+    assert vectors.shape == (len(texts), DIMENSIONS)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(embedded(client, texts[::-1]), vectors[::-1])
+    for text, vector in zip(texts, vectors, strict=True):
+        assert np.allclose(embedded(client, text), [vector], atol=1e-6)
+    near, far = embedded(client, ["Milvus listens on port 19530.", "I bake bread on Sundays."]) @ vectors[0]
+    assert near > far
+
+
+def test_base64_and_float_are_the_same_vectors(http: httpx.Client) -> None:
+    asked = {"model": EMBEDDING_MODEL, "input": [PORT_QUESTION, "x"]}
+    floats, packed, default = (
+        [item["embedding"] for item in http.post("/v1/embeddings", json={**asked, **form}).json()["data"]]
+        for form in ({"encoding_format": "float"}, {"encoding_format": "base64"}, {})
+    )
+    assert floats == default
+    assert [np.frombuffer(base64.b64decode(text), "<f4").tolist() for text in packed] == floats
+
+
+@pytest.mark.parametrize("dimensions", [64, 128, 256])
+def test_fewer_dimensions_are_a_prefix_scaled_to_length_one(client: openai.OpenAI, dimensions: int) -> None:
+    (vector,) = embedded(client, PORT_QUESTION, dimensions=dimensions)
+    (whole,) = embedded(client, PORT_QUESTION)
+    prefix = whole[:dimensions] / np.linalg.norm(whole[:dimensions])
+    assert vector.shape == (dimensions,) and np.allclose(vector, prefix, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": "word " * 9000}, "input"),
+        ({"input": None}, "input"),
+        ({"input": {"a": 1}}, "input"),
+        ({"dimensions": 100}, "dimensions"),
+        ({"dimensions": 0}, "dimensions"),
+        ({"dimensions": "many"}, "dimensions"),
+        ({"encoding_format": "hex"}, "encoding_format"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_wrong_embedding_requests(http: httpx.Client, wrong: Json, param: str) -> None:
+    response = http.post("/v1/embeddings", json={"model": EMBEDDING_MODEL, "input": "a", **wrong})
+    assert assert_error(response, 400)["param"] == param
+
+
+def test_the_largest_batch(client: openai.OpenAI) -> None:
+    assert embedded(client, ["a"] * 2048, dimensions=64).shape == (2048, 64)
+
+
+def test_rerank(http: httpx.Client) -> None:
+    documents = [OTHER_QUESTION, BACKUP["content"], PORTS["content"], ""]
+    asked = {"model": RERANK_MODEL, "query": PORT_QUESTION, "documents": documents}
+    results = http.post("/v1/rerank", json=asked).json()["results"]
+    assert results[0]["index"] == 2 and sorted(result["index"] for result in results) == [0, 1, 2, 3]
+    scores = [result["relevance_score"] for result in results]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0.5 and scores[-1] == 0
+    best = http.post("/v1/rerank", json={**asked, "top_n": 1, "return_documents": True}).json()["results"]
+    assert best == [{**results[0], "document": {"text": PORTS["content"]}}]
+    for wrong in ({"documents": []}, {"query": ""}, {"top_n": 0}, {"documents": "a"}, {"model": CHAT_MODEL}):
+        assert_error(http.post("/v1/rerank", json={**asked, **wrong}), 404 if "model" in wrong else 400)
+
+
+# Errors
+
+
+def test_a_wrong_key_and_an_unknown_model(client: openai.OpenAI, offline_server: OfflineServer) -> None:
+    with openai.OpenAI(base_url=offline_server.base_url, api_key="wrong", max_retries=0) as other:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            other.models.list()
+        assert refused.value.code == "invalid_api_key"
+    for send in (
+        lambda: client.models.retrieve("gpt-4o"),
+        lambda: client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "x"}]),
+        lambda: client.chat.completions.create(model=EMBEDDING_MODEL, messages=[{"role": "user", "content": "x"}]),
+        lambda: client.embeddings.create(model=CHAT_MODEL, input="x"),
+    ):
+        with pytest.raises(openai.NotFoundError) as unknown:
+            send()
+        assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="POST /v1/responses"):
+        client.responses.create(model=CHAT_MODEL, input="x")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("POST", "/v1/completions", 404),
+        ("GET", "/v1", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", f"/v1/models/{CHAT_MODEL}", 405),
+        ("PUT", "/v1/embeddings", 405),
+    ],
+)
+def test_unknown_routes(http: httpx.Client, method: str, path: str, status: int) -> None:
+    error = assert_error(http.request(method, path), status)
+    assert error["code"] == "unknown_url" and f"{method} {path}" in error["message"]
+
+
+CALL = called("f", {}, "")[0]
+WRONG: dict[str, tuple[Json, str | None]] = {
+    "no messages": ({"messages": []}, "messages"),
+    "messages are text": ({"messages": "hello"}, "messages"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    "an image": (
+        {"messages": [user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}])]},
+        "messages.0",
+    ),
+    "a result without its call": ({"messages": [user("x"), called("f", {}, "r")[1]]}, "messages.1"),
+    "a result given twice": ({"messages": [*called("f", {}, "r"), called("f", {}, "r")[1]]}, "messages.2"),
+    "a call without its result": ({"messages": [user("x"), CALL, user("y")]}, "messages.2"),
+    "a call without its result at the end": ({"messages": [user("x"), CALL]}, "messages"),
+    "two answers": ({"n": 2}, "n"),
+    "logprobs": ({"logprobs": True}, "logprobs"),
+    "audio": ({"modalities": ["audio"]}, "modalities.0"),
+    "unknown parameter": ({"colour": "red"}, "colour"),
+    "temperature too high": ({"temperature": 3}, "temperature"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "tokens as text": ({"max_tokens": "many"}, "max_tokens"),
+    "five stops": ({"stop": list("abcde")}, "stop"),
+    "tool without name": ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+    "tool choice without tools": ({"tool_choice": "required"}, "tool_choice"),
+    "a tool that is not offered": (
+        {"tools": [SEARCH], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        "tool_choice",
+    ),
+    "tool with a wrong schema": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 1}}}]},
+        "tools",
+    ),
+    "strict schema open for more": (
+        {"response_format": json_schema({"type": "object", "properties": {}}, strict=True)},
+        "response_format",
+    ),
+    "schema missing": ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    "stream options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "param"), WRONG.values(), ids=WRONG)
+def test_wrong_chat_requests(client: openai.OpenAI, wrong: Json, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.post("/chat/completions", body=body([user("x")]) | wrong, cast_to=object)
+    assert error.value.type == "invalid_request_error"
+    assert str(error.value.param).startswith(param)
+
+
+def test_a_context_that_is_too_long(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, [user("word " * 140_000)])
+    assert error.value.code == "context_length_exceeded"
+
+
+DEEP = b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", '
+NOT_JSON: dict[str, bytes] = {
+    "nothing": b"",
+    "half": b'{"model": ',
+    "not UTF-8": b'{"model": "\xff"}',
+    "a list": b"[]",
+    "a text": b'"x"',
+    "nested without end": b"[" * 100_000,
+    "NaN": b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    "infinity": b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "x"}], "seed": 1e999}',
+    "half a character": b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "a very long number": b'{"model": "extractive-offline", "messages": [], "seed": ' + b"9" * 5000 + b"}",
+    "a deep schema": DEEP
+    + b'"function": {"name": "f", "parameters": '
+    + b'{"not": ' * 400
+    + b"{}"
+    + b"}" * 400
+    + b"}}]}",
+}
+
+
+@pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
+def test_bodies_that_cannot_be_read(http: httpx.Client, content: bytes) -> None:
+    assert assert_error(http.post("/v1/chat/completions", content=content), 400)["type"] == "invalid_request_error"
+
+
+# Whatever comes
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
+markdown = st.lists(
+    st.sampled_from(
+        ["# ", "- ", "1. ", "| a | b |\n|---|---|\n| 1 | 2 |", "```\n", "> ", "\n\n", "*", "[x](y)", "<b>", "port ", "A. "]
+        + ["<references>", "</references>", "&amp;", "\\", "`", "$x$", "Response: ", "[milvus-lite]", "?", "and which "]
+    ),
+    max_size=25,
+).map("".join)
+results = st.one_of(
+    texts,
+    markdown,
+    st.recursive(texts | st.integers() | st.none(), lambda x: st.lists(x, max_size=3), max_leaves=5).map(json.dumps),
+    st.lists(
+        st.fixed_dictionaries(
+            {"content": texts | markdown | st.none() | st.integers()},
+            optional={"meta_data": texts | st.dictionaries(st.just("id"), texts | st.none()), "name": texts | st.none()},
+        ),
+        max_size=4,
+    ).map(json.dumps),
+    st.sampled_from(["[", "{", "- ", "- content: "]).flatmap(lambda start: (texts | markdown).map(start.__add__)),
+    st.sampled_from(
+        ["[" * 50_000, "- content: " + "[" * 3000, "- content: 2024-99-99", "- content: !!int ''", "- content: *a", "\0"]
+    ),
+    texts.map(lambda text: (text or "long ") * 200),
+)
+tool_sets = st.none() | st.lists(
+    st.sampled_from(
+        [SEARCH, tool("think", thought="string"), tool("get_weather", "Weather.", city="string", days="integer")]
+        + [tool("get_chat_history"), tool("update_user_memory", task="string"), tool("delegate_task_to_members", task="string")]
+    ),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda offered: offered["function"]["name"],
+)
+
+
+@modest
+@given(
+    asked=texts | markdown | st.sampled_from([PORT_QUESTION, TWO_QUESTIONS]),
+    before=texts | markdown,
+    result=results,
+    arguments=st.just('{"query": "port"}') | texts | st.sampled_from(["[]", "{", "[" * 50_000]),
+    tools=tool_sets,
+    stream=st.booleans(),
+)
+def test_any_text_is_answered_and_always_the_same_way(
+    http: httpx.Client, asked: str, before: str, result: str, arguments: str, tools: list[Json] | None, stream: bool
+) -> None:
+    messages = [system(before), user(before), assistant(result[:500]), user(asked)]
+    for conversation in (messages, [*messages, *called("search_knowledge_base", arguments, result)]):
+        request = body(conversation, stream=stream, **({"tools": tools} if tools else {}))
+        first, second = (http.post("/v1/chat/completions", json=request) for _ in range(2))
+        assert first.status_code == 200, first.text
+        assert first.content == second.content
+
+
+@modest
+@given(text=texts | markdown)
+def test_any_text_has_a_vector_or_is_empty(http: httpx.Client, text: str) -> None:
+    response = http.post("/v1/embeddings", json={"model": EMBEDDING_MODEL, "input": text})
+    if text:
+        assert response.status_code == 200, response.text
+        length = np.linalg.norm(response.json()["data"][0]["embedding"])
+        assert np.isclose(length, 1, atol=1e-5)
+    else:
+        assert_error(response, 400)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["type", "text", "role", "function", "name", "id", "x"]), inner, max_size=3),
+    max_leaves=6,
+)
+fields = [
+    *("messages", "tools", "tool_choice", "response_format", "stream", "stream_options", "stop", "max_tokens", "n"),
+    *("input", "dimensions", "encoding_format", "query", "documents", "top_n", "parallel_tool_calls", "model", "x"),
+]
+good = {
+    "/v1/chat/completions": body([user(PORT_QUESTION)]),
+    "/v1/embeddings": {"model": EMBEDDING_MODEL, "input": "a"},
+    "/v1/rerank": {"model": RERANK_MODEL, "query": "a", "documents": ["b"]},
+}
+
+
+@modest
+@given(
+    path=st.sampled_from(sorted(good)),
+    changes=st.dictionaries(st.sampled_from(fields), anything, max_size=3),
+    message=st.none() | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "tool_call_id", "name"]), anything),
+    schema=st.none() | anything,
+)
+def test_any_body_is_answered_or_refused_in_openais_form(
+    http: httpx.Client, path: str, changes: Json, message: Json | None, schema: Any
+) -> None:
+    request = good[path] | changes
+    if message is not None:
+        request["messages"] = [user("x"), {"role": "assistant", "content": None, **message}]
+    if schema is not None:
+        request["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        request["tools"] = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    response = http.post(path, content=json.dumps(request))
+    if response.status_code != 200:
+        assert_error(response, 400, 404)
+
+
+def test_many_at_once_get_the_same_as_one_at_a_time(client: openai.OpenAI) -> None:
+    words = [f"{prefix}{stem}{ending}" for prefix in ("re", "un", "") for stem in ("index", "cluster", "partition") for ending in ("ing", "ed", "s", "ation")]
+    requests = [searched(f"{PORT_QUESTION} {word}?", [PORTS, BACKUP, {"content": f"{word} it."}]) for word in words]
+    with ThreadPoolExecutor(16) as pool:
+        at_once = list(pool.map(lambda messages: chat(client, messages), requests))
+        vectors = list(pool.map(lambda word: embedded(client, word).tolist(), words))
+    assert at_once == [chat(client, messages) for messages in requests]
+    assert vectors == [embedded(client, word).tolist() for word in words]
