@@ -7,13 +7,13 @@ from typing import Any
 
 Json = dict[str, Any]
 
-PORTS = {
+PORTS: Json = {
     "name": "milvus-ports",
     "meta_data": {"id": "milvus-ports", "topic": "deployment"},
-    "content": "# Ports\n\nMilvus listens for clients on port 19530. Its metrics and health checks are on port 9091.\n\n"
-    "The web interface needs no account.",
+    "content": "# Ports\n\nMilvus listens for clients on port 19530. Its metrics and health checks are on port 9091."
+    "\n\nThe web interface needs no account.",
 }
-BACKUP = {
+BACKUP: Json = {
     "name": "milvus-backup",
     "meta_data": {"id": "milvus-backup"},
     "content": "# Backup\n\nThe tool `milvus-backup` copies a collection to object storage. A restore writes the "

@@ -1,4 +1,4 @@
-"""The assistant of `ask`: indexed once, repaired when interrupted, replaced when the corpus changes, one sentence when it fails."""
+"""The assistant of `ask`: indexed once, repaired after an interruption, replaced with its corpus, clear if it fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from agno.agent import Agent
 from agno.knowledge.embedder.openai import OpenAIEmbedder
 from agno.models.openai import OpenAILike
-from pymilvus import MilvusClient
+from pymilvus import DataType, MilvusClient
 
 from utils import lesson, models
 from utils.assistant import AssistantError, Library, ask, ask_command, build_agent, open_library
@@ -31,9 +32,27 @@ from utils.offline.answers import REFUSAL
 MODES = ("dense", "words", "both", "reranked")
 QUESTION = "Which port does Milvus listen on?"
 TEXTS = [
-    Text("ports", "Ports", "milvus", "", "# Ports\n\n## Server\n\nMilvus listens on port 19530.\n\n## Web\n\nThe page has 9091."),
-    Text("bread", "Bread", "baking", "", "# Bread\n\nBread is baked at 230 degrees.\n\n## Rye\n\nRye bread needs a starter."),
-    Text("whales", "Whales", "sea", "", "# Whales\n\nA whale breathes air.\n\n## Size\n\nThe blue whale is the largest animal."),
+    Text(
+        "ports",
+        "Ports",
+        "milvus",
+        "",
+        "# Ports\n\n## Server\n\nMilvus listens on port 19530.\n\n## Web\n\nThe page has 9091.",
+    ),
+    Text(
+        "bread",
+        "Bread",
+        "baking",
+        "",
+        "# Bread\n\nBread is baked at 230 degrees.\n\n## Rye\n\nRye bread needs a starter.",
+    ),
+    Text(
+        "whales",
+        "Whales",
+        "sea",
+        "",
+        "# Whales\n\nA whale breathes air.\n\n## Size\n\nThe blue whale is the largest animal.",
+    ),
 ]
 
 
@@ -76,7 +95,8 @@ def test_ask_prints_the_answer_its_sources_and_who_answered(first_ask: tuple[Pat
     assert sources.startswith("sources: ") and len(sources.split(", ")) >= 1
     names = sources.removeprefix("sources: ").split(", ")
     assert set(names) == set(re.findall(r"\[([\w.-]+)\]", "\n".join(answer))) and "none" not in names
-    assert by == f"answered by: {CHAT_MODEL} (offline) on Milvus Lite 3.2.2, in this process, at .../ask/milvus.db"
+    lite = f"Milvus Lite {version('milvus-lite')}, in this process, at .../ask/milvus.db"
+    assert by == f"answered by: {CHAT_MODEL} (offline) on {lite}"
     assert "indexing: 100%" in progress
 
 
@@ -126,11 +146,15 @@ def test_every_mode_finds_the_chunk_that_answers(shared: str, embedder: OpenAIEm
     found = {mode: library.search(QUESTION, 3, mode) for mode in MODES}
     assert {mode: hits[0]["name"] for mode, hits in found.items()} == dict.fromkeys(MODES, "ports")
     best = found["reranked"][0]
-    assert best["content"] == "# Ports: Server\n\nMilvus listens on port 19530." and best["meta_data"] == {"id": "ports"}
+    assert best["content"] == "# Ports: Server\n\nMilvus listens on port 19530." and best["meta_data"] == {
+        "id": "ports"
+    }
     assert [len(found[mode]) for mode in ("dense", "both", "reranked")] == [3, 3, 3]
     assert len(library.search(QUESTION, 1)) == 1
     assert len(library.search(QUESTION, 99, "dense")) == rows(library, shared) == 6
-    assert [hit["name"] for hit in library.search("Rye needs what?", 9, "words")] == ["bread"], "BM25 wants shared words"
+    assert [hit["name"] for hit in library.search("Rye needs what?", 9, "words")] == ["bread"], (
+        "BM25 wants shared words"
+    )
     with pytest.raises(KeyError):
         library.search(QUESTION, 3, "guess")
 
@@ -149,6 +173,30 @@ def test_the_agent_cites_what_it_found(mode: str, shared: str, embedder: OpenAIE
     assert "19530" in reply.text and reply.sources == ("ports",) and reply.seconds > 0
 
 
+def test_a_proxy_is_not_asked_for_servers_of_this_machine(
+    shared: str, embedder: OpenAIEmbedder, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "intranet.example")
+    wanted = course_environment()["NO_PROXY"]
+    assert wanted == os.environ["NO_PROXY"] + ",127.0.0.1,localhost"
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, wanted)
+    assert course_environment()["NO_PROXY"] == wanted, "it does not grow with every start"
+    library = Library(shared, "", embedder, TEXTS)
+    assert "19530" in ask(build_agent(library), QUESTION).text
+
+
+def test_an_embedder_that_refuses_is_one_sentence(shared: str, embedder: OpenAIEmbedder) -> None:
+    refused = OpenAIEmbedder(id=embedder.id, base_url=embedder.base_url, api_key="wrong", dimensions=256)
+    with pytest.raises(
+        AssistantError, match=rf"^The embedder at {refused.base_url} did not answer \(AuthenticationErr"
+    ):
+        Library(shared, "", refused, TEXTS).search(QUESTION)
+
+
 def test_missing_rows_are_noticed_and_indexed_again(shared: str, embedder: OpenAIEmbedder) -> None:
     library = Library(shared, "", embedder, TEXTS)
     MilvusClient(shared).delete(library.collection, filter="document == 'ports'")
@@ -158,24 +206,18 @@ def test_missing_rows_are_noticed_and_indexed_again(shared: str, embedder: OpenA
     assert repaired.search(QUESTION, 1)[0]["name"] == "ports"
 
 
-def test_an_interrupted_start_is_repaired_and_a_changed_corpus_replaces_the_collection(
-    tmp_path: Path, embedder: OpenAIEmbedder
-) -> None:
-    uri = str(tmp_path / "milvus.db")
-    refused = OpenAIEmbedder(id=embedder.id, base_url=embedder.base_url, api_key="wrong", dimensions=256)
-    with pytest.raises(AssistantError, match=rf"^The embedder at {refused.base_url} did not answer \(AuthenticationErr"):
-        Library(uri, "", refused, TEXTS)
-    client = MilvusClient(uri)
-    begun = client.list_collections()
-    first = Library(uri, "", embedder, TEXTS)
-    assert begun == client.list_collections() == [first.collection] and rows(first, uri) == 6
-
-    client.create_collection("ask_me_anything", dimension=2)  # the learner's own
+def test_a_changed_corpus_replaces_the_collection_and_nothing_else(shared: str, embedder: OpenAIEmbedder) -> None:
+    first = Library(shared, "", embedder, TEXTS)
+    client = MilvusClient(shared)
+    schema = client.create_schema()
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
+    client.create_collection("ask_me_anything", schema=schema)  # the learner's own
     changed = [replace(TEXTS[0], body="# Ports\n\nMilvus now listens on port 20000."), *TEXTS[1:]]
-    second = Library(uri, "", embedder, changed)
-    assert set(client.list_collections()) == {"ask_me_anything", second.collection} != {"ask_me_anything", *begun}
+    second = Library(shared, "", embedder, changed)
+    assert set(client.list_collections()) == {"ask_me_anything", second.collection}
+    assert first.collection != second.collection
     assert "20000" in second.search(QUESTION, 1)[0]["content"]
-    lesson.close_lite(tmp_path)
 
 
 def test_a_database_held_by_another_process_is_one_sentence(
@@ -208,19 +250,3 @@ def test_a_failed_run_is_an_error_and_not_an_answer(closed_port: int) -> None:
     model = OpenAILike(id="any", base_url=f"http://127.0.0.1:{closed_port}/v1", api_key="none", max_retries=0)
     with pytest.raises(AssistantError, match="^The model did not answer: "):
         ask(Agent(model=model, telemetry=False), QUESTION)
-
-
-def test_a_proxy_is_not_asked_for_servers_of_this_machine(
-    shared: str, embedder: OpenAIEmbedder, closed_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("HTTP_PROXY", "http_proxy"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "intranet.example")
-    wanted = course_environment()["NO_PROXY"]
-    assert wanted == os.environ["NO_PROXY"] + ",127.0.0.1,localhost"
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, wanted)
-    assert course_environment()["NO_PROXY"] == wanted, "it does not grow with every start"
-    library = Library(shared, "", embedder, TEXTS)
-    assert "19530" in ask(build_agent(library), QUESTION).text

@@ -1,10 +1,11 @@
-"""What every notebook uses: its folder and lock, the banner, checks, quiet logs, and the end; partly in a real kernel."""
+"""What every notebook uses: its folder and lock, the banner, checks, quiet logs, the end; partly in a real kernel."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -12,9 +13,9 @@ import psutil
 import pytest
 from milvus_lite.server_manager import server_manager_instance as lite_servers
 from nbclient import NotebookClient
-from pymilvus import MilvusClient
+from pymilvus import DataType, MilvusClient
 
-from utils import lesson
+from utils import lesson, models
 from utils.bootstrap import ROOT
 from utils.errors import CourseError
 from utils.lesson import CheckFailed, MilvusUnreachable, WorkspaceBusy
@@ -28,7 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def write_row(path: Path) -> MilvusClient:
     client = MilvusClient(str(path))
-    client.create_collection("rows", dimension=2)
+    schema = client.create_schema()
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
+    client.create_collection("rows", schema=schema)  # without an index, for which pymilvus waits half a second
     client.insert("rows", [{"id": 1, "vector": [0.1, 0.9]}])
     return client
 
@@ -51,7 +55,7 @@ def test_workspace_is_emptied_while_milvus_lite_is_open_in_it(course_data: Path)
     other = course_data / "other.db"
     with_rows = write_row(other)
     lesson.workspace("02_lite")
-    assert list(folder.iterdir()) == []
+    assert list(folder.iterdir()) == [] and str(folder / "milvus.db") not in lite_servers._servers
     again = MilvusClient(str(folder / "milvus.db"))
     assert again.list_collections() == []
     assert with_rows.list_collections() == ["rows"], "a database elsewhere stays open"
@@ -66,17 +70,6 @@ def test_close_lite_sees_through_symbolic_links(tmp_path: Path) -> None:
     write_row(tmp_path / "link" / "milvus.db")
     lesson.close_lite(tmp_path / "real")
     assert not [path for path in lite_servers._servers if path.startswith(str(tmp_path))]
-
-
-def test_a_second_process_is_told_that_the_folder_is_in_use(course_data: Path) -> None:
-    folder = lesson.workspace("03_busy")
-    (folder / "work.txt").write_text("mine")
-    code = "from utils import lesson; lesson.workspace('03_busy')"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    last = other.stderr.splitlines()[-1]
-    assert other.returncode == 1
-    assert last.startswith(f"utils.lesson.WorkspaceBusy: 03_busy is already running in another kernel (process {os.getpid()})")
-    assert (folder / "work.txt").read_text() == "mine"
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(course_data: Path) -> None:
@@ -104,7 +97,7 @@ def test_banner(course_data: Path, offline_models: Models, capsys: pytest.Captur
     model, embedder, milvus, note = capsys.readouterr().out.splitlines()
     assert model == f"model     {CHAT_MODEL} (offline)"
     assert embedder == f"embedder  {EMBEDDING_MODEL} (offline), {DIMENSIONS} dimensions"
-    assert milvus == "milvus    Milvus Lite 3.2.2, in this process, at .../06_banner/milvus.db"
+    assert milvus == f"milvus    Milvus Lite {version('milvus-lite')}, in this process, at .../06_banner/milvus.db"
     assert note.strip() == (
         "The offline model is extractive: it quotes the sentences that fit best, or declines; it cannot reason."
     )
@@ -124,6 +117,29 @@ def test_banner_of_another_server_says_nothing_about_the_offline_model(
     assert shown.endswith("at elsewhere/lab.db\n") and "extractive:" not in shown
 
 
+def test_banner_of_a_notebook_that_always_uses_lite(
+    course_data: Path, offline_models: Models, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILVUS_URI", "http://127.0.0.1:1")  # nothing answers there, and nobody asks it
+    lesson.show_setup(lesson.workspace("09_lite"), always_lite=True)
+    shown = capsys.readouterr().out
+    assert (
+        "in this process, at .../09_lite/milvus.db" in shown and "always uses Milvus Lite; MILVUS_URI is for" in shown
+    )
+    monkeypatch.setenv("MILVUS_URI", "")
+    lesson.show_setup(lesson.workspace("09_lite"), always_lite=True)
+    assert "MILVUS_URI" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indent", ["", "- "])
+def test_long_lines_are_broken_between_words(indent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"{indent}one two-three four\nshort\n{'x' * 30}"
+    lesson.show_text(text, 12)
+    shown = capsys.readouterr().out
+    assert shown.split() == text.split() and "short\n" in shown
+    assert [line for line in shown.splitlines() if len(line) > 12] == ["x" * 30]
+
+
 def test_milvus_of_the_settings_or_lite_in_the_folder(tmp_path: Path) -> None:
     assert lesson.milvus_uri(tmp_path, Settings()) == str(tmp_path / "milvus.db")
     assert lesson.milvus_uri(tmp_path, Settings(milvus_uri="http://m:1")) == "http://m:1"
@@ -132,8 +148,8 @@ def test_milvus_of_the_settings_or_lite_in_the_folder(tmp_path: Path) -> None:
 def test_a_server_is_described_by_what_it_says_itself(tmp_path: Path) -> None:
     uri = lite_servers.start_and_get_uri(str(tmp_path / "served.db"))  # Lite's own gRPC server, reached by URL
     assert uri is not None
-    version = MilvusClient(uri).get_server_version()
-    assert lesson.describe_milvus(tmp_path, Settings(milvus_uri=uri)) == f"Milvus server {version.lstrip('v')} at {uri}"
+    says = MilvusClient(uri).get_server_version()
+    assert lesson.describe_milvus(tmp_path, Settings(milvus_uri=uri)) == f"Milvus server {says.lstrip('v')} at {uri}"
     lesson.close_lite(tmp_path)
 
 
@@ -161,12 +177,14 @@ def test_check_prints_or_stops(capsys: pytest.CaptureFixture[str]) -> None:
     assert issubclass(CheckFailed, CourseError)
 
 
-def test_in_a_real_kernel_an_error_is_a_sentence_and_finish_stops_everything(course_data: Path) -> None:
+def test_in_a_real_kernel_an_error_is_a_sentence_without_traceback(course_data: Path) -> None:
+    ours = lesson.workspace("03_busy")
+    (ours / "work.txt").write_text("mine")
     cells = [
-        "from utils import lesson, models\nfolder = lesson.workspace('08_kernel')\nlesson.show_setup(folder)\n"
-        "print(models._offline_server().process.pid, (folder.with_suffix('.lock')).exists())",
+        "from utils import lesson\nfolder = lesson.workspace('08_kernel')\nprint(folder.with_suffix('.lock').exists())",
         "lesson.check('the answer is 42', False, 'Think again.')",
         "1 / 0",
+        "lesson.workspace('03_busy')",
         "lesson.finish(folder)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -174,16 +192,16 @@ def test_in_a_real_kernel_an_error_is_a_sentence_and_finish_stops_everything(cou
         notebook, timeout=60, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(ROOT)}}
     )
     client.execute()
-    started, failed, python_error, finished = (cell.outputs for cell in notebook.cells)
-    assert [output.output_type for output in started] == ["stream"], started
-    pid, locked = started[0].text.splitlines()[-1].split()
-    assert locked == "True"
+    started, failed, python_error, busy, finished = (cell.outputs for cell in notebook.cells)
+    assert [output.get("text") for output in started] == ["True\n"], started
     [error] = failed
     assert error.traceback == ["CheckFailed: not true: the answer is 42. Think again."]
     assert (error.ename, error.evalue) == ("CheckFailed", "not true: the answer is 42. Think again.")
     assert len(python_error[0].traceback) > 1, "other errors keep their traceback"
+    assert busy[0].ename == "WorkspaceBusy" and len(busy[0].traceback) == 1
+    assert busy[0].evalue.startswith(f"03_busy is already running in another kernel (process {os.getpid()}): shut that")
+    assert (ours / "work.txt").read_text() == "mine"
     assert finished[0].text == "Servers stopped.\n"
-    assert not psutil.pid_exists(int(pid))
     assert not (course_data / "08_kernel.lock").exists()
 
 
@@ -193,34 +211,52 @@ from pathlib import Path
 from agno.utils.log import log_info, set_log_level_to_info
 from pymilvus import MilvusClient
 from utils import lesson
-if sys.argv[1] == "quiet":
-    lesson.quiet_logs()
-    lesson.quiet_logs()
-set_log_level_to_info()
-log_info("agno info line")
-with tempfile.TemporaryDirectory() as folder:
-    client = MilvusClient(f"{folder}/noise.db")
+
+def make_noise(client):
+    set_log_level_to_info()
+    log_info("agno info line")
     try:
         client.search("not there", data=[[0.1, 0.2]])
     except Exception as error:
         print("raised", type(error).__name__)
+    print("-----", flush=True)
+
+with tempfile.TemporaryDirectory() as folder:
+    client = MilvusClient(f"{folder}/noise.db")
+    make_noise(client)
+    lesson.quiet_logs()
+    lesson.quiet_logs()
+    make_noise(client)
     lesson.close_lite(Path(folder))
 """
 
 
 def test_quiet_logs_keeps_info_and_pymilvus_errors_away() -> None:
-    programs = [
-        subprocess.Popen(
-            [sys.executable, "-c", NOISE, how],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for how in ("loud", "quiet")
-    ]
-    (loud_out, loud_errors), (quiet_out, quiet_errors) = [program.communicate(timeout=60) for program in programs]
-    loud, quiet = loud_out + loud_errors, quiet_out + quiet_errors
-    assert "agno info line" in loud and "pymilvus" in loud, "otherwise this test would prove nothing"
-    assert "agno info line" not in quiet and "pymilvus" not in quiet and "Traceback" not in quiet
-    assert "raised " in quiet_out and quiet_out.count("raised") == loud_out.count("raised") == 1
+    program = subprocess.run(
+        [sys.executable, "-c", NOISE],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    loud, quiet, _ = program.stdout.split("-----\n")
+    assert "agno info line" in loud and "RPC error" in loud, "otherwise this test would prove nothing"
+    assert quiet == "raised MilvusException\n" and quiet in loud, "the exception itself is still raised"
+
+
+def test_finish_ends_everything_and_the_next_notebook_gets_another_server(
+    course_data: Path, offline_models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lesson.workspace("10_end")
+    write_row(folder / "milvus.db")
+    process = models._offline_server().process
+    lesson.finish(folder)
+    assert capsys.readouterr().out == "Servers stopped.\n"
+    assert not process.running and not psutil.pid_exists(process.pid)
+    assert not folder.with_suffix(".lock").exists() and str(folder / "milvus.db") not in lite_servers._servers
+    models.stop_offline()  # nothing runs: nothing happens
+    again = models.connect(Settings())
+    assert again.chat.base_url != offline_models.chat.base_url
+    assert again.chat.api_key != offline_models.chat.api_key
+    assert models.embedder(Settings()).get_embedding("it answers")

@@ -220,6 +220,8 @@ def test_lab_serves_this_machine_only_with_a_token_and_writes_nothing_at_home(tm
         address = next(line.strip() for line in process.stdout if "http://" in line)
         base, _, token = address.partition("/lab/tree/notebooks/00_start_here.ipynb?token=")
         assert base.startswith("http://127.0.0.1:") and len(token) >= 32
+        # JupyterLab prints its address a moment before it listens.
+        wait_until(lambda: bool([c for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]), 20)
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{base}/api/contents", timeout=10)
         with urllib.request.urlopen(f"{base}/api/contents?token={token}", timeout=10) as reply:

@@ -71,7 +71,8 @@ def calls(*messages: Json, tools: list[Json], **options: Any) -> list[tuple[str,
 def test_it_quotes_what_fits_and_cites_the_document(form: Any) -> None:
     assert answer(*searched(PORT_QUESTION, form(BOTH))) == PORT_ANSWER
     backup = answer(*searched(BACKUP_QUESTION, form(BOTH)))
-    assert backup.startswith(BACKUP["content"].split("\n\n")[1].split(". ")[0]) and backup.endswith("[milvus-backup]")
+    assert backup.startswith("The tool `milvus-backup` copies a collection to object storage.")
+    assert backup.endswith("[milvus-backup]")
 
 
 def test_it_declines_what_the_passages_do_not_answer() -> None:
@@ -87,7 +88,8 @@ def test_an_empty_knowledge_base_and_a_failed_search_say_so() -> None:
     failed = answer(*searched(PORT_QUESTION, "Error searching knowledge base: ConnectError: no server"))
     assert failed == "The search failed (ConnectError: no server), so there is nothing to answer from."
     # One of two searches found something: that is answered.
-    assert answer(*searched(PORT_QUESTION, BOTH), *called("search_web", {"query": "x"}, "No documents found")) == PORT_ANSWER
+    nothing_more = called("search_web", {"query": "x"}, "No documents found")
+    assert answer(*searched(PORT_QUESTION, BOTH), *nothing_more) == PORT_ANSWER
 
 
 def test_without_anything_to_quote_it_says_what_it_is() -> None:
@@ -96,16 +98,21 @@ def test_without_anything_to_quote_it_says_what_it_is() -> None:
 
 
 words = st.sampled_from(
-    "Milvus port collection index backup vector memory cluster node query the a is of on 19530 9091 `load` storage".split()
+    ["Milvus", "port", "collection", "index", "backup", "vector", "memory", "cluster", "node", "query", "`load`"]
+    + ["storage", "the", "a", "is", "of", "on", "19530", "9091"]
 )
 sentences = st.builds(
-    lambda parts, end: " ".join(parts).capitalize() + end, st.lists(words, min_size=3, max_size=12), st.sampled_from(".!?")
+    lambda parts, end: " ".join(parts).capitalize() + end,
+    st.lists(words, min_size=3, max_size=12),
+    st.sampled_from(".!?"),
 )
 markdown_documents = st.lists(
-    st.tuples(st.sampled_from(["", "# ", "- ", "> "]), st.lists(sentences, min_size=1, max_size=4)), min_size=1, max_size=4
+    st.tuples(st.sampled_from(["", "# ", "- ", "> "]), st.lists(sentences, min_size=1, max_size=4)),
+    min_size=1,
+    max_size=4,
 ).map(lambda blocks: "\n\n".join(start + " ".join(block) for start, block in blocks))
 any_document = markdown_documents | st.text(st.characters(exclude_categories=["Cs"]), max_size=150)
-questions = st.sampled_from([PORT_QUESTION, BACKUP_QUESTION, "How much memory does an index of a collection need?"]) | sentences
+questions = sentences | st.sampled_from([PORT_QUESTION, BACKUP_QUESTION, "How much memory does an index need?"])
 
 
 @modest
@@ -125,8 +132,8 @@ def test_every_quote_stands_in_the_document_it_cites(texts: list[str], question:
 
 @modest
 @given(blocks=st.lists(st.lists(sentences, min_size=1, max_size=4), min_size=1, max_size=4), question=questions)
-def test_the_answer_holds_nothing_but_sentences_of_the_passages_and_their_ids(blocks: list[list[str]], question: str) -> None:
-    documents = [
+def test_an_answer_is_made_of_sentences_and_ids_alone(blocks: list[list[str]], question: str) -> None:
+    documents: list[Json] = [
         {"content": " ".join(block), "name": "other", "meta_data": {"id": f"doc-{n}"}} for n, block in enumerate(blocks)
     ]
     text = answer(*searched(question, documents))
@@ -163,8 +170,8 @@ def test_the_source_is_the_documents_id_else_its_name() -> None:
 
 
 def test_a_code_block_comes_with_the_sentence_that_announces_it() -> None:
-    document = {"name": "load", "content": "Load the collection before you search it:\n\n```python\nclient.load()\n```\n"}
-    text = answer(*searched("How do I load the collection before I search it?", [document]))
+    content = "Load the collection before you search it:\n\n```python\nclient.load()\n```\n"
+    text = answer(*searched("How do I load the collection before I search it?", [{"name": "load", "content": content}]))
     assert text == "Load the collection before you search it:\n```python\nclient.load()\n``` [load]"
 
 
@@ -204,7 +211,8 @@ def test_a_text_in_the_message_is_quoted() -> None:
 
 def test_the_conversation_in_a_system_message_is_summarised() -> None:
     talk = f"<conversation>User: {PORT_QUESTION}\nAssistant: {PORT_ANSWER}\n</conversation>"
-    assert "19530" in answer(system(f"Analyze the conversation.{talk}"), user("Provide the summary of the conversation."))
+    summary = answer(system(f"Analyze this.{talk}"), user("Provide the summary of the conversation."))
+    assert summary == PORT_ANSWER
 
 
 def test_other_tools_results_are_handed_on() -> None:
@@ -236,7 +244,8 @@ def test_json_answers_say_whether_there_was_one() -> None:
 
 def test_stems_are_the_same_from_many_threads() -> None:
     """The stemmer keeps the word it works on in the object that all threads share."""
-    words = [f"{start}{middle}{end}" for start in "abcdefghij" for middle in ("lk", "rt", "nd") for end in ("ations", "ingly", "fulness", "ies") for _ in range(8)]
+    ends = ("ations", "ingly", "fulness", "ies") * 8
+    words = [f"{start}{middle}{end}" for start in "abcdefghij" for middle in ("lk", "rt", "nd") for end in ends]
     stem.cache_clear()
     with ThreadPoolExecutor(16) as pool:
         at_once = list(pool.map(stem.__wrapped__, words))
@@ -388,7 +397,8 @@ def test_rule_tasks() -> None:
         ("create_task", "writer", PORT_QUESTION),
     ]
     for number, (name, arguments) in enumerate(created):
-        messages += called(name, arguments, f"Task created: [id{number}] {arguments['title']} (status: pending)", number)
+        result = f"Task created: [id{number}] {arguments['title']} (status: pending)"
+        messages += called(name, arguments, result, number)
     for number, member in enumerate(("analyst", "writer")):
         call = ("execute_task", {"task_id": f"id{number}", "member_id": member})
         assert calls(*messages, tools=TASKS) == [call]
@@ -422,7 +432,8 @@ def test_rule_other_takes_arguments_from_the_request() -> None:
         ("send_email", {"to": "ada@example.org", "subject": "Ports"})
     ]
     note = tool("save_note", "Save.", text="string")
-    assert calls(user("Save this note: buy milk"), tools=[note]) == [("save_note", {"text": "Save this note: buy milk"})]
+    asked = user("Save this note: buy milk")
+    assert calls(asked, tools=[note]) == [("save_note", {"text": "Save this note: buy milk"})]
     assert calls(user("Restart the server now"), tools=[tool("restart_server")]) == [("restart_server", {})]
 
 
@@ -438,7 +449,8 @@ def test_rules_are_tried_in_the_order_of_the_table() -> None:
     kinds = ["memory", "history", "search", "broadcast", "delegate", "tasks", "left alone", "other"]
     assert [rule.kind for rule in RULES] == kinds
     tools = [WEATHER, ONE, SEARCH, tool("update_user_memory", task="string")]
-    messages = [team_system(TeamMode.coordinate), user("I work in Paris. Get the weather in Paris for 3 days in celsius.")]
+    asked = user("I work in Paris. Get the weather in Paris for 3 days in celsius.")
+    messages = [team_system(TeamMode.coordinate), asked]
     order = []
     while made := calls(*messages, tools=tools):
         order.append(made[0][0])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.bootstrap import ROOT
@@ -53,7 +53,9 @@ def test_it_is_ready_when_the_check_says_so(tmp_path: Path) -> None:
 
 
 def test_the_tail_of_the_log(tmp_path: Path) -> None:
-    with server(tmp_path, "import sys; sys.stdout.buffer.write(b'\\xff bad\\n')\nfor i in range(9): print('line', i)") as process:
+    with server(
+        tmp_path, "import sys; sys.stdout.buffer.write(b'\\xff bad\\n')\nfor i in range(9): print('line', i)"
+    ) as process:
         assert wait_for(lambda: not process.running)
         assert process.log_tail(2) == "line 7\nline 8"
         assert process.log_tail().splitlines() == [f"line {i}" for i in range(4, 9)]
@@ -73,13 +75,15 @@ def test_a_server_that_ends_while_starting_is_an_error_with_its_log(tmp_path: Pa
 def test_a_server_that_never_answers_is_stopped(tmp_path: Path) -> None:
     process = server(tmp_path, f"print('loading', flush=True); {SLEEP}")
     assert wait_for(lambda: process.log_tail() == "loading")
-    with pytest.raises(ServerError, match="The test server did not answer within 0 seconds. Its log ends with: loading"):
+    with pytest.raises(
+        ServerError, match="The test server did not answer within 0 seconds. Its log ends with: loading"
+    ):
         process.wait_until(lambda: False, 0.05)
     assert not process.running and not psutil.pid_exists(process.pid)
 
 
 def test_a_program_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match=r"^The test server cannot be started \(No such file.*\): .*no-program$"):
+    with pytest.raises(ServerError, match=r"^The test server cannot be started \(.+\): .*no-program$"):
         ServerProcess("test server", [str(tmp_path / "no-program")], tmp_path / "log")
 
 
@@ -96,8 +100,8 @@ def test_stop_may_be_called_again_and_after_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_a_server_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
-    code = f"import signal; signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True)); print('up', flush=True); {SLEEP}"
-    process = server(tmp_path, code)
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True)); print('up', flush=True); "
+    process = server(tmp_path, code + SLEEP)
     assert wait_for(lambda: process.log_tail() == "up")
     process.stop(timeout=0.3)
     assert not process.running
@@ -139,6 +143,7 @@ def test_an_ended_process_and_a_zombie_are_not_alive() -> None:
     assert not is_alive(mark)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20) | st.builds("{}:{}".format, st.integers(), st.floats()))
 def test_a_text_that_is_not_a_mark_is_nobody(text: str) -> None:
     assert not is_alive(text)

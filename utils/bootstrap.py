@@ -102,7 +102,8 @@ def course_environment(root: Path = ROOT) -> Dict[str, str]:
 
 def _without_proxy() -> str:
     found = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    return ",".join(dict.fromkeys([name.strip() for name in found.split(",") if name.strip()] + ["127.0.0.1", "localhost"]))
+    names = [name.strip() for name in found.split(",") if name.strip()]
+    return ",".join(dict.fromkeys(names + ["127.0.0.1", "localhost"]))
 
 
 def use_course_environment(root: Path = ROOT) -> None:

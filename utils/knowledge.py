@@ -84,7 +84,10 @@ def load_corpus(folder: Path = CORPUS) -> list[Text]:
     texts = []
     for path in sorted(folder.glob("*.md")):
         parts = path.read_text(encoding="utf-8").split("---\n", 2)
-        header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+        try:
+            header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+        except yaml.YAMLError:
+            header = None
         if not isinstance(header, dict) or not {"id", "title", "topic", "source"} <= header.keys():
             raise CorpusError(
                 f"{path.name} does not start with front matter (id, title, topic, source between two lines of ---)."
@@ -128,10 +131,10 @@ class SectionChunking(ChunkingStrategy):
         chunks = []
         for number, section in enumerate(re.split(r"\n(?=## )", f"\n{rest}"), 1):
             heading, _, body = section.strip().partition("\n") if section.startswith("## ") else ("", "", section)
-            if not body.strip():
+            if not (section if rest.strip() else title).strip():
                 continue
             name = f"{title}: {heading.lstrip('# ')}" if heading else title
-            content = f"# {name}\n\n{body.strip()}"
+            content = f"# {name}\n\n{body.strip()}".strip()
             chunks.append(
                 Document(
                     id=self._generate_chunk_id(document, number, content),

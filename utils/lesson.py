@@ -79,8 +79,8 @@ def quiet_logs() -> None:
     # have.
     for name in ("pymilvus", "grpc", "milvus_lite"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Agno logs every search and, in colour, every failed run; the cells look at run.status instead. It sets its level anew
-    # on every run, so a filter it is.
+    # Agno logs every search and, in colour, every failed run; the cells look at run.status instead. It sets its level
+    # anew on every run, so a filter it is.
     for name in ("agno", "agno-team", "agno-workflow"):
         logging.getLogger(name).addFilter(_nothing)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -139,7 +139,7 @@ def show_setup(folder: Path, always_lite: bool = False) -> None:
     print(f"embedder  {found.embedding}, {found.dimensions} dimensions")
     print(f"milvus    {describe_milvus(folder, replace(settings, milvus_uri='') if always_lite else settings)}")
     if always_lite and settings.milvus_uri:
-        print("          This notebook always uses Milvus Lite; MILVUS_URI is for `ask` and for notebooks that start servers.")
+        print("          This notebook always uses Milvus Lite; MILVUS_URI is for `ask` and server notebooks.")
     if found.chat.provider == "offline":
         print(f"          The offline model is {models.EXTRACTIVE}.")
 

@@ -25,6 +25,7 @@ _BLOCK = re.compile(
 )
 # The conversation that Agno's session summaries put into the system message.
 _SUMMARISED = re.compile(r"<conversation>(.*?)</conversation>", re.S)
+_QUESTION = re.compile(r"[^.!?\n]*\?(?=\s)")
 _REFERENCES_LEAD = "Use the following references from the knowledge base if it helps:"
 _POINTS_BACK = re.compile(r"\b(it|its|that|this|they|them|their|those|these|there|one|ones)\b", re.I)
 # A request of at most this many words is one question; a longer one brings text along.
@@ -159,7 +160,7 @@ class Conversation:
         """What others answered: members of a team, and text that the user's message itself brings along."""
         texts = [c.result for c in self.called if DELEGATE_TOOL.search(c.name)]
         texts += [b for kind, b in self._blocks if kind != "references"]
-        texts += [talk.replace("\n", "\n\n") for talk in _SUMMARISED.findall(self.system)]
+        texts += [_QUESTION.sub("", talk).replace("\n", "\n\n") for talk in _SUMMARISED.findall(self.system)]
         passages = [passage for text in texts for passage in parse_passages(_without_labels(text))]
         after = self.request.partition(self.question)[2] if self.question else ""
         if len(after.split()) > 25:

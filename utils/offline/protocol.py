@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, TypeVar
 
-import jsonschema
+import jsonschema_rs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -272,7 +272,7 @@ def check_chat(request: ChatRequest) -> None:
         )
     offered = {tool.function.name for tool in request.tools or []}
     for tool in request.tools or []:
-        _check_schema(tool.function.parameters, f"tools.{tool.function.name}.parameters")
+        schema_validator(tool.function.parameters, f"tools.{tool.function.name}.parameters")
     if request.tool_choice is not None and not offered:
         raise ApiError(
             "Invalid value for 'tool_choice': 'tool_choice' is only allowed when 'tools' are specified.",
@@ -306,7 +306,7 @@ def _check_response_format(request: ChatRequest) -> None:
                 code="missing_required_parameter",
             )
         schema = wanted.json_schema.schema_
-        _check_schema(schema, "response_format.json_schema.schema")
+        schema_validator(schema, "response_format.json_schema.schema")
         if wanted.json_schema.strict and (
             schema.get("type") != "object" or schema.get("additionalProperties") is not False
         ):
@@ -322,10 +322,19 @@ def _check_response_format(request: ChatRequest) -> None:
         )
 
 
-def _check_schema(schema: dict[str, Any], where: str) -> None:
+def schema_validator(schema: dict[str, Any], where: str) -> jsonschema_rs.Draft202012Validator:
+    """A validator for a JSON schema; `where` is the request's field, for the error.
+
+    Raises:
+        ApiError: it is no JSON schema, nested too deeply, or has a reference that leads nowhere or out of it.
+    """
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ApiError(f"Invalid schema in '{where}': {error.message}", param=where.split(".")[0]) from None
-    except RecursionError:
-        raise ApiError(f"Invalid schema in '{where}': it is nested too deeply.", param=where.split(".")[0]) from None
+        return jsonschema_rs.Draft202012Validator(schema, retriever=_refuse)
+    except ValueError as error:
+        problem = getattr(error, "message", str(error))
+        raise ApiError(f"Invalid schema in '{where}': {problem[:200]}", param=where.split(".")[0]) from None
+
+
+def _refuse(uri: str) -> None:
+    """Nothing is fetched: a request must not make this server open an address."""
+    raise ValueError(f"the reference {uri} leads out of the schema")

@@ -14,11 +14,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import jsonschema
-import referencing
+import jsonschema_rs
 
 from utils.offline.answers import Passage, find_answer
-from utils.offline.protocol import ApiError
+from utils.offline.protocol import ApiError, schema_validator
 from utils.offline.text import split_sentences
 
 _MAX_DEPTH = 12
@@ -52,16 +51,13 @@ def fill_schema(schema: dict[str, Any], findings: Findings) -> str:
     """
     value = _fill(schema, schema, "", findings, 0)
     try:
-        # The empty registry keeps a reference to another address from being fetched.
-        jsonschema.Draft202012Validator(schema, registry=referencing.Registry()).validate(value)
-    except jsonschema.ValidationError as error:
+        schema_validator(schema, "response_format").validate(value)
+    except jsonschema_rs.ValidationError as error:
         raise ApiError(
             f"The offline engine cannot fill this schema: {error.message[:200]}",
             param="response_format",
             code="unsupported_schema",
         ) from None
-    except Exception as error:  # a reference that leads nowhere is raised in several forms
-        raise ApiError(f"Invalid schema in 'response_format': {str(error)[:200]}", param="response_format") from None
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -90,7 +86,9 @@ def _fill(schema: Any, root: dict[str, Any], name: str, found: Findings, depth: 
         if schema.get(key):
             options = [_resolve(option, root) for option in schema[key]]
             real = [option for option in options if option.get("type") != "null"]
-            return _fill(real[0], root, name, found, depth + 1) if real else None
+            # A schema that contains itself ends where it may.
+            ends = not real or (len(real) < len(options) and depth >= 6)
+            return None if ends else _fill(real[0], root, name, found, depth + 1)
     if schema.get("allOf"):
         merged: dict[str, Any] = {}
         for part in (_resolve(part, root) for part in schema["allOf"]):
@@ -132,6 +130,7 @@ def _fill_array(schema: dict[str, Any], root: dict[str, Any], name: str, found: 
             values = (
                 [re.sub(r"\s*\[[\w.-]+\]$", "", line) for line in found.text.split("\n\n")] if found.answered else []
             )
+        values = [_fit(item, value) for value in values]
     else:
         values = [_fill(item, root, name, found, depth + 1)] if found.answered and depth < 6 else []
     while len(values) < min(least, _MAX_PADDING):
@@ -182,5 +181,10 @@ def _text(schema: dict[str, Any], name: str, found: Findings) -> str:
         value = found.text
     else:
         value = _best_sentence(schema, name, found) or found.text
+    return _fit(schema, value)
+
+
+def _fit(schema: dict[str, Any], value: str) -> str:
+    """`value` cut or padded to the length that `schema` asks for."""
     value = value[: int(schema["maxLength"])] if "maxLength" in schema else value
     return value.ljust(min(int(schema.get("minLength", 0)), _MAX_PADDING), ".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -48,6 +49,7 @@ _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+(?:\.[0-9]+)*")
 # or a mark.
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!approx)[.!?][\"')\]`*]*\s+(?=[A-Z0-9`\"'(*\[<])")
 _stemmer = snowballstemmer.stemmer("english")
+_stemming = threading.Lock()  # the stemmer keeps the word that it works on in itself
 _markdown = MarkdownIt("commonmark").enable("table")
 
 
@@ -81,7 +83,7 @@ def first_tokens(text: str, count: int) -> str:
     ends = [end for _, end in _model().tokenizer.encode(text, add_special_tokens=False).offsets]
     if len(ends) <= count:
         return text
-    # A rare character is several tokens that all end behind it: the beginning may have more tokens than were counted off.
+    # A rare character is several tokens that all end behind it, so the beginning may have more tokens than counted.
     beginnings = (text[:end] for end in reversed(ends[:count]))
     return next((part for part in beginnings if len(token_ids(part)) <= count), "")
 
@@ -89,7 +91,8 @@ def first_tokens(text: str, count: int) -> str:
 @lru_cache(maxsize=50_000)
 def stem(word: str) -> str:
     """Lower-case Snowball stem."""
-    return str(_stemmer.stemWord(word.lower()))
+    with _stemming:
+        return str(_stemmer.stemWord(word.lower()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,163 @@
+"""The offline server as a process: where it listens, what it writes, and that it ends with its owner."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from utils import offline
+from utils.bootstrap import ROOT
+from utils.offline import OfflineServer
+from utils.processes import ServerError
+
+unix = pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups as on Unix")
+# A program that starts a server, tells its process id and address, and does what it is asked to.
+OWNER = """
+import sys, time
+from pathlib import Path
+from utils import offline
+server = offline.start(Path(sys.argv[1]))
+print(server.process.pid, server.base_url, flush=True)
+what = sys.stdin.readline().strip()
+if what == "raise":
+    raise RuntimeError("owner failed")
+if what == "sleep":
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def gone(process: psutil.Process) -> bool:
+    """The process ended; where nobody has collected its end yet it is a zombie."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def answers(base_url: str) -> bool:
+    try:
+        url = f"{base_url.removesuffix('/v1')}/health"
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class Owner:
+    """A running OWNER with its server."""
+
+    def __init__(self, log_file: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(log_file)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=sys.platform != "win32",
+        )
+        assert self.process.stdout
+        pid, self.base_url = self.process.stdout.readline().split()
+        self.server = psutil.Process(int(pid))
+
+    def tell(self, what: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+
+
+def test_it_listens_on_loopback_only(offline_server: OfflineServer) -> None:
+    port = int(offline_server.base_url.rsplit(":", 1)[1].removesuffix("/v1"))
+    connections = psutil.Process(offline_server.process.pid).net_connections("all" if os.name == "posix" else "inet")
+    listening = {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    assert listening == {("127.0.0.1", port)}
+
+
+def test_two_servers_at_once_and_each_has_its_own_key(offline_server: OfflineServer, tmp_path: Path) -> None:
+    with offline.start(tmp_path / "second.log") as second:
+        assert second.base_url != offline_server.base_url and second.api_key != offline_server.api_key
+        for server in (offline_server, second):
+            with openai.OpenAI(base_url=server.base_url, api_key=server.api_key, max_retries=0) as client:
+                assert len(list(client.models.list())) == 3
+        with (
+            openai.OpenAI(base_url=second.base_url, api_key=offline_server.api_key, max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+    assert not second.process.running and not answers(second.base_url)
+    assert answers(offline_server.base_url)
+    second.process.stop()  # a second time does nothing
+
+
+def test_the_log_exists_and_no_output_holds_the_key(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "server.log"
+    with offline.start(log) as server:
+        for key in (server.api_key, "wrong"):
+            httpx.get(f"{server.base_url}/models", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        httpx.post(f"{server.base_url}/chat/completions", content=b"{", trust_env=False)
+        assert log.exists() and server.api_key not in log.read_text()
+        assert server.api_key not in repr(server)
+        assert not any(server.api_key in part for part in psutil.Process(server.process.pid).cmdline())
+    assert log.read_text() == "", "a run without trouble writes nothing, neither when it ends"
+
+
+def test_a_server_that_cannot_start_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "uvicorn.py").write_text("raise ImportError('uvicorn is broken here')")
+    with pytest.raises(ServerError, match="(?s)The offline model server ended while starting.*uvicorn is broken here"):
+        offline.start(tmp_path / "server.log")
+
+
+@pytest.mark.parametrize("end", ["return", "raise"])
+def test_it_ends_when_its_owner_ends(tmp_path: Path, end: str) -> None:
+    owner = Owner(tmp_path / "server.log")
+    assert answers(owner.base_url)
+    owner.tell(end)
+    _, errors = owner.process.communicate(timeout=20)
+    assert (owner.process.returncode, "owner failed" in errors) == ((1, True) if end == "raise" else (0, False))
+    assert wait_for(lambda: gone(owner.server)) and not answers(owner.base_url)
+
+
+def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
+    owner = Owner(tmp_path / "server.log")
+    assert answers(owner.base_url)
+    owner.process.kill()
+    # On Unix the owner is a zombie until communicate() below.
+    assert wait_for(lambda: gone(owner.server)) and not answers(owner.base_url)
+    owner.process.communicate(timeout=20)
+    assert (tmp_path / "server.log").read_text() == ""
+
+
+@unix
+def test_an_interrupt_of_the_owners_group_does_not_reach_it(tmp_path: Path) -> None:
+    owner = Owner(tmp_path / "server.log")
+    owner.tell("sleep")
+    # Until it sleeps, an interrupt would end the owner.
+    assert wait_for(lambda: psutil.Process(owner.process.pid).status() == psutil.STATUS_SLEEPING)
+    time.sleep(0.2)
+    os.killpg(owner.process.pid, signal.SIGINT)
+    assert owner.process.stdout and owner.process.stdout.readline() == "interrupted\n"
+    assert not gone(owner.server) and answers(owner.base_url)
+    owner.tell("end")
+    owner.process.communicate(timeout=20)
+    assert wait_for(lambda: gone(owner.server))
