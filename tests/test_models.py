@@ -14,12 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from agno.agent import Agent
 from agno.knowledge.document.base import Document
 from agno.models.openai import OpenAIChat, OpenAILike
 from agno.run.base import RunStatus
 from dotenv import dotenv_values
+from openai import OpenAI
 
 from utils import models
 from utils.bootstrap import ROOT
@@ -301,3 +303,15 @@ def test_agno_reports_runs_only_if_asked_to(offline_models: Models) -> None:
     (_, quiet), (_, reporting) = programs
     assert reporting.wanted and "agno.com" in reporting.wanted[0], "otherwise this test would prove nothing"
     assert quiet.wanted == []
+
+
+def test_an_offline_server_that_died_is_replaced() -> None:
+    settings = Settings()
+    before = models.connect(settings).chat
+    server = models._offline_server().process
+    psutil.Process(server.pid).kill()
+    server._process.wait()
+    after = models.connect(settings).chat
+    assert after.base_url != before.base_url
+    with OpenAI(base_url=after.base_url, api_key=after.api_key) as client:
+        assert client.models.list().data

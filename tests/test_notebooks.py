@@ -6,6 +6,7 @@ second time.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -260,6 +261,15 @@ def test_readme_links_resolve_and_pictures_have_alt_text() -> None:
     missing = [link for link in links(readme()) if not (ROOT / link.split("#")[0]).exists()]
     assert not missing
     assert not images_without_alt(readme())
+
+
+def test_readme_figures_are_the_measured_ones() -> None:
+    measured = json.loads((ROOT / "data" / "benchmarks" / "answers.json").read_text(encoding="utf-8"))
+    figures = measured["modes"]["reranked"]
+    shown = [round(100 * figures[name]) for name in ("recall@3", "key fact", "correct refusals")]
+    assert re.findall(r"(\d+) %", readme().split("How good is the offline model?")[1].split("\n\n")[0]) == [
+        *map(str, shown)
+    ]
 
 
 def test_top_level_holds_what_the_design_says() -> None:

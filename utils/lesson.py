@@ -52,8 +52,8 @@ def workspace(name: str, fresh: bool = True) -> Path:
     holder = lock.read_text(encoding="ascii", errors="replace") if lock.exists() else ""
     if holder and holder != owner_mark() and is_alive(holder):
         raise WorkspaceBusy(
-            f"{name} is already running in another kernel (process {holder.partition(':')[0]}): shut that kernel "
-            "down in JupyterLab's 'Running Terminals and Kernels' panel, then run this cell again."
+            f"{name} is in use by process {holder.partition(':')[0]}: if that is another kernel, shut it down in "
+            "JupyterLab's 'Running Terminals and Kernels' panel; if it is a command, let it end; then try again."
         )
     lock.write_text(owner_mark(), encoding="ascii")
     if fresh and folder.exists():

@@ -138,15 +138,21 @@ def client_environment(settings: Settings | None = None) -> dict[str, str]:
     }
 
 
-@cache
 def connect(settings: Settings) -> Models:
-    """Find the endpoints and check that they answer; once for each settings object.
+    """Find the endpoints and check that they answer; once per settings, again if the offline server died.
 
     Raises:
         ModelError: see `chat_model`.
     """
     # Agno reads this variable when an Agent is made; its default is to report.
     os.environ["AGNO_TELEMETRY"] = str(settings.telemetry).lower()
+    if _offline_server.cache_info().currsize and not _offline_server().process.running:
+        stop_offline()
+    return _connect(settings)
+
+
+@cache
+def _connect(settings: Settings) -> Models:
     if settings.provider == "offline":
         server = _offline_server()
         chat = Endpoint("offline", server.base_url, CHAT_MODEL, server.api_key)
@@ -174,7 +180,7 @@ def stop_offline() -> None:
     if _offline_server.cache_info().currsize:
         _offline_server().process.stop()
     _offline_server.cache_clear()
-    connect.cache_clear()
+    _connect.cache_clear()
 
 
 def _list_models(url: str, key: str) -> list[str]:

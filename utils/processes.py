@@ -120,19 +120,33 @@ def owner_mark() -> str:
 
 def is_alive(mark: str) -> bool:
     """Whether the process of an `owner_mark` still runs (a zombie does not)."""
+    process = _process_of(mark)
+    return process is not None and _runs(process)
+
+
+def _process_of(mark: str) -> psutil.Process | None:
     pid, _, started = mark.partition(":")
     try:
         process = psutil.Process(int(pid))
-        return abs(process.create_time() - float(started)) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
+        # A process that got the id later started later; a corrected clock moves start times a little.
+        return process if abs(process.create_time() - float(started)) < 5 else None
     except (psutil.Error, ValueError):  # a process of someone else is not ours either; ValueError: not an owner mark
+        return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
         return False
 
 
 def end_with_owner(mark: str, stop: Callable[[], None], interval: float = 0.5) -> None:
     """Call `stop()` from a background thread once the owner is gone; leave the process 3 seconds later in any case."""
+    owner = _process_of(mark)
 
     def watch() -> None:
-        while is_alive(mark):
+        while owner is not None and _runs(owner):
             time.sleep(interval)
         stop()
         time.sleep(3)
