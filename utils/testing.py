@@ -6,6 +6,7 @@ It gives every test and notebook the same surroundings, sets nbval up, adds --qu
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from utils.notebooks import offline_environment
 # At import: nbval's kernels are started outside every fixture. The developer's own keys and servers stay out.
 use_course_environment()
 os.environ.update(offline_environment())
+# Started in the background (nohup, some CI), the suite would hand its ignored Ctrl-C on to the commands that it tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _seconds: dict[str, float] = defaultdict(float)
 

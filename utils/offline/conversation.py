@@ -37,13 +37,15 @@ _SECOND_QUESTION = re.compile(
     r"(?:which|what|how|where|when|who|why|does|do|is|are|can|should)\b)",
     re.I,
 )
+# About what was said, or about the user. "What did I forget to set?" and "What do I set?" are about neither.
 _ABOUT_TALK = re.compile(
-    r"\b(did|have|had) I (ask|say|tell|mention|want)"
-    r"|\bI (just )?(asked|said|told)\b"
+    r"\b(what|which question|when) (did|have|had) (I|we) (just |already )?"
+    r"(ask(ed)?|said|say|tell|told|mention|talk|discuss)"
+    r"|\b(did|have) (I|we) (ever |already )?(ask(ed)?|mention|tell|told|talk|discuss)"
     r"|\bmy (first|last|previous) (question|message)"
-    r"|\bwe (talk|discuss|spoke)"
-    r"|\b(what|who|where)('s| is| am| are| do| did)? (I\b|my\b)"
-    r"|\babout me\b|\bremember (me|my)\b",
+    r"|\bwhat('s| is| are) my (\w+ )?(name|job|role|team|company|city|preferences?|favou?rites?)\b"
+    r"|\bwho am I\b|\b(where|what) do I (live|work|like|prefer|do|run|use)\b"
+    r"|\bknow about me\b|\babout me\?|\bremember (me|my)\b",
     re.I,
 )
 _ABOUT_USER = re.compile(
@@ -124,7 +126,7 @@ class Conversation:
     @property
     def about_talk(self) -> bool:
         """Whether the request is about the conversation or the user, not about the world."""
-        return bool(_ABOUT_TALK.search(self.request)) and not words_of(self.request).stems & {"we", "milvus", "agno"}
+        return bool(_ABOUT_TALK.search(self.request)) and not words_of(self.request).stems & {"milvus", "agno"}
 
     @cached_property
     def called(self) -> tuple[Called, ...]:
