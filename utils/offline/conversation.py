@@ -103,7 +103,7 @@ class Conversation:
             paragraphs = [p.strip() for p in re.split(r"\n\s*\n", self.request) if p.strip()]
             asked = [s for p in paragraphs for s in split_sentences(p) if s.endswith("?")]
             question = " ".join(asked) or paragraphs[0]
-        follows = len(words_of(question).words) < 3 or _CARRIES_ON.search(question) or _POINTS_BACK.search(question)
+        follows = len(words_of(question).words) < 2 or _CARRIES_ON.search(question) or _POINTS_BACK.search(question)
         if self.earlier_requests and follows and len(words_of(question).words) < 6:
             question = f"{self.earlier_requests[-1]} {question}"
         return question
