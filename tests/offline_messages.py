@@ -5,6 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run: a learner's red test is the learner's doing.
+modest = settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 Json = dict[str, Any]
 
 PORTS: Json = {
@@ -19,6 +25,7 @@ BACKUP: Json = {
     "content": "# Backup\n\nThe tool `milvus-backup` copies a collection to object storage. A restore writes the "
     "collection under a new name with the suffix `_recovered`.",
 }
+BOTH = [PORTS, BACKUP]
 PORT_QUESTION = "Which port does Milvus listen on for clients?"
 BACKUP_QUESTION = "Which tool copies a collection to object storage?"
 # What no document above answers.

@@ -13,19 +13,19 @@ from agno.agent import Agent
 from agno.session import TeamSession
 from agno.team import Team
 from agno.team.mode import TeamMode
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from offline_messages import (
-    BACKUP,
     BACKUP_QUESTION,
+    BOTH,
     OTHER_QUESTION,
     PORT_QUESTION,
-    PORTS,
     SEARCH,
     Json,
     assistant,
     called,
     json_schema,
+    modest,
     searched,
     system,
     tool,
@@ -39,11 +39,7 @@ from utils.offline.policy import RULES
 from utils.offline.protocol import ApiError, ChatRequest
 from utils.offline.text import markdown_sentences, split_sentences, stem
 
-BOTH = [PORTS, BACKUP]
 PORT_ANSWER = "Milvus listens for clients on port 19530. [milvus-ports]"
-modest = settings(
-    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 def reply(*messages: Json, **options: Any) -> str | list[tuple[str, Json]]:

@@ -15,11 +15,12 @@ import jsonschema_rs
 import numpy as np
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from offline_messages import (
     BACKUP,
     BACKUP_QUESTION,
+    BOTH,
     OTHER_QUESTION,
     PORT_QUESTION,
     PORTS,
@@ -28,6 +29,7 @@ from offline_messages import (
     assistant,
     called,
     json_schema,
+    modest,
     searched,
     system,
     tool,
@@ -37,13 +39,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL, OfflineServer
 
-BOTH = [PORTS, BACKUP]
 QUOTED = "Milvus listens for clients on port 19530."
 TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
-# The same examples in every run: a learner's red test is the learner's doing.
-modest = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 @pytest.fixture(scope="session")

@@ -60,10 +60,9 @@ def complete(request: ChatRequest) -> Completion:
 
 
 def _reply(request: ChatRequest, conversation: Conversation) -> str:
-    wanted = request.response_format
+    wanted, findings = request.response_format, _say(conversation)
     if wanted is None or wanted.type == "text":
-        return _say(conversation).text
-    findings = _say(conversation)
+        return findings.text
     if wanted.type == "json_object" or wanted.json_schema is None:
         return json.dumps({"answer": findings.text, "sources": findings.sources}, ensure_ascii=False)
     return fill_schema(wanted.json_schema.schema_, findings)

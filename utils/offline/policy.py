@@ -11,6 +11,7 @@ Each rule with its tools and when a call is due:
     delegate    delegate_task_to_member: route mode: the best fitting member; otherwise every member in turn, all at
                 once if the user says "in parallel"
     tasks       create_task, execute_task, mark_all_complete: a task per member, each executed in turn, then the end
+    left alone  think, update_memory, delete_memory, ...: only a reasoning model can use them well
     other       any other tool: once, if the request names what the tool does and holds every required argument
 
 Rules are tried in this order and the first one with a due call wins. A forced tool (`tool_choice`) skips the question
@@ -73,10 +74,9 @@ def decide(request: ChatRequest, conversation: Conversation) -> list[Decision]:
 def _due(tools: Sequence[Function], conversation: Conversation) -> list[Decision]:
     for rule in RULES:
         for tool in tools:
-            if rule.tools.search(tool.name) and rule is _rule_of(tool):
-                calls = rule.due(tool, conversation)
-                if calls:
-                    return [Decision(tool.name, arguments) for arguments in calls]
+            calls = rule.due(tool, conversation) if rule is _rule_of(tool) else []
+            if calls:
+                return [Decision(tool.name, arguments) for arguments in calls]
     return []
 
 
