@@ -315,3 +315,13 @@ def test_an_offline_server_that_died_is_replaced() -> None:
     assert after.base_url != before.base_url
     with OpenAI(base_url=after.base_url, api_key=after.api_key) as client:
         assert client.models.list().data
+
+
+def test_the_reranker_of_a_server_that_died_is_replaced() -> None:
+    before = models.reranker()
+    server = models._offline_server().process
+    psutil.Process(server.pid).kill()
+    server._process.wait()
+    after = models.reranker()
+    assert after.base_url != before.base_url
+    assert after.rerank("port", [Document(content="The port is 19530.")])[0].reranking_score

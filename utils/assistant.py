@@ -73,7 +73,6 @@ class Library:
             self._milvus = MilvusClient(uri, token=token, timeout=10)
             if self._rows() != len(documents):
                 self._fill(documents, progress)
-            self._milvus.load_collection(self.collection)
         except MilvusException as error:
             raise AssistantError(_explain(uri, error)) from None
 

@@ -61,10 +61,8 @@ def _packages() -> str:
     wrong = list(_wrong_packages())
     if wrong:
         raise CourseError(f"{', '.join(wrong)}: delete the folder .venv and run python3 -m utils lab.")
-    shown = ", ".join(
-        f"{name} {version(name)}" for name in ("agno", "pymilvus", "milvus-lite", "openai", "jupyterlab", "nbval")
-    )
-    return shown
+    shown = ("agno", "pymilvus", "milvus-lite", "openai", "jupyterlab", "nbval")
+    return ", ".join(f"{name} {version(name)}" for name in shown)
 
 
 def _wrong_packages() -> Iterator[str]:
@@ -115,7 +113,7 @@ def _embedder() -> str:
 
 def _milvus() -> str:
     settings = load_settings()
-    if settings.milvus_uri and not settings.milvus_uri.endswith(".db"):
+    if not settings.on_lite:
         return f"{lesson.describe_milvus(ROOT, settings)} answers"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "doctor.db"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import textwrap
 import warnings
@@ -84,7 +83,6 @@ def quiet_logs() -> None:
     for name in ("agno", "agno-team", "agno-workflow"):
         logging.getLogger(name).addFilter(_nothing)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     pd.set_option("display.max_colwidth", None, "display.width", 120, "display.show_dimensions", False)
 
 
@@ -100,7 +98,7 @@ def describe_milvus(folder: Path, settings: Settings | None = None) -> str:
         MilvusUnreachable: nothing answers at MILVUS_URI, or the token is refused.
     """
     settings = settings or load_settings()
-    if not settings.milvus_uri or settings.milvus_uri.endswith(".db"):
+    if settings.on_lite:
         return (
             f"Milvus Lite {version('milvus-lite')}, in this process, at {show_path(Path(milvus_uri(folder, settings)))}"
         )

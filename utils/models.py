@@ -116,8 +116,9 @@ class ServerReranker(Reranker):
 
 def reranker() -> ServerReranker:
     """The reranker of the offline server, whichever model answers: OpenAI has none."""
-    server = _offline_server()
-    return ServerReranker(base_url=server.base_url, model=RERANK_MODEL, api_key=server.api_key)
+    _forget_dead_server()
+    endpoint = _offline_endpoint(RERANK_MODEL)
+    return ServerReranker(base_url=endpoint.base_url, model=endpoint.model_id, api_key=endpoint.api_key)
 
 
 def client_environment(settings: Settings | None = None) -> dict[str, str]:
@@ -146,17 +147,14 @@ def connect(settings: Settings) -> Models:
     """
     # Agno reads this variable when an Agent is made; its default is to report.
     os.environ["AGNO_TELEMETRY"] = str(settings.telemetry).lower()
-    if _offline_server.cache_info().currsize and not _offline_server().process.running:
-        stop_offline()
+    _forget_dead_server()
     return _connect(settings)
 
 
 @cache
 def _connect(settings: Settings) -> Models:
     if settings.provider == "offline":
-        server = _offline_server()
-        chat = Endpoint("offline", server.base_url, CHAT_MODEL, server.api_key)
-        return Models(chat, Endpoint("offline", server.base_url, EMBEDDING_MODEL, server.api_key), DIMENSIONS)
+        return Models(_offline_endpoint(CHAT_MODEL), _offline_endpoint(EMBEDDING_MODEL), DIMENSIONS)
     url = settings.base_url or OPENAI_URL
     known = _list_models(url, settings.api_key)
     # Some servers need no key, but the client insists on one.
@@ -164,8 +162,7 @@ def _connect(settings: Settings) -> Models:
         settings.provider, url, _pick("MODEL_ID", settings.model_id, known, url), settings.api_key or "none"
     )
     if not settings.embedding_id:
-        server = _offline_server()
-        return Models(chat, Endpoint("offline", server.base_url, EMBEDDING_MODEL, server.api_key), DIMENSIONS)
+        return Models(chat, _offline_endpoint(EMBEDDING_MODEL), DIMENSIONS)
     embedding = Endpoint(settings.provider, url, _pick("EMBEDDING_ID", settings.embedding_id, known, url), chat.api_key)
     return Models(chat, embedding, _measure_dimensions(embedding))
 
@@ -173,6 +170,17 @@ def _connect(settings: Settings) -> Models:
 @cache
 def _offline_server() -> offline.OfflineServer:
     return offline.start()
+
+
+def _offline_endpoint(model_id: str) -> Endpoint:
+    server = _offline_server()
+    return Endpoint("offline", server.base_url, model_id, server.api_key)
+
+
+def _forget_dead_server() -> None:
+    """If the offline server ended by itself, drop it and the endpoints found on it; the next use starts another."""
+    if _offline_server.cache_info().currsize and not _offline_server().process.running:
+        stop_offline()
 
 
 def stop_offline() -> None:

@@ -67,6 +67,11 @@ class Settings:
     large_data: bool = False
     data_folder: Path = ROOT / "data" / "local"
 
+    @property
+    def on_lite(self) -> bool:
+        """Whether Milvus is Milvus Lite and not a server."""
+        return not self.milvus_uri or self.milvus_uri.endswith(".db")
+
 
 def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = None) -> Settings:
     """Read the settings.
@@ -97,11 +102,12 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
             "MODEL_PROVIDER is openai but OPENAI_API_KEY is not set; put the key into .env, "
             "or set MODEL_PROVIDER=offline to work without one."
         )
-    if provider == "compatible" and not url:
-        raise SettingsError(
-            "MODEL_PROVIDER is compatible but OPENAI_BASE_URL is not set; set it to the server's URL, for example http://localhost:11434/v1."
-        )
     if provider == "compatible":
+        if not url:
+            raise SettingsError(
+                "MODEL_PROVIDER is compatible but OPENAI_BASE_URL is not set; set it to the server's URL, "
+                "for example http://localhost:11434/v1."
+            )
         _check_url("OPENAI_BASE_URL", url)
     if provider != "offline" and not (key.isascii() and key.isprintable() and " " not in key):
         raise SettingsError("OPENAI_API_KEY holds a character that no key has; copy the key again.")
@@ -110,15 +116,15 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         uri = str(_path("MILVUS_URI", uri))
     elif uri:
         _check_url("MILVUS_URI", uri)
+    # The offline provider has a key and models of its own; what is set for another one does not concern it.
+    chosen = {} if provider == "offline" else values
     openai = provider == "openai"
     return Settings(
         provider=provider,
-        api_key=key if provider != "offline" else "",
+        api_key=chosen.get("OPENAI_API_KEY", ""),
         base_url=url if provider == "compatible" else "",
-        model_id=(values.get("MODEL_ID", "") or (OPENAI_MODEL if openai else "")) if provider != "offline" else "",
-        embedding_id=(values.get("EMBEDDING_ID", "") or (OPENAI_EMBEDDING if openai else ""))
-        if provider != "offline"
-        else "",
+        model_id=chosen.get("MODEL_ID") or (OPENAI_MODEL if openai else ""),
+        embedding_id=chosen.get("EMBEDDING_ID") or (OPENAI_EMBEDDING if openai else ""),
         milvus_uri=uri,
         milvus_token=values.get("MILVUS_TOKEN", ""),
         telemetry=_truth(values, "AGNO_TELEMETRY"),

@@ -162,7 +162,7 @@ def find_answer(
 ) -> Answer:
     """Pick the sentences that answer `question`, best first: at most `max_sentences`, about `max_words` words."""
     search = _Search(question, passages)
-    if not search.candidates or not search.asked.words:
+    if search.empty:
         return Answer((), 0.0)
     quotes = [
         Quote(
@@ -178,7 +178,7 @@ def find_answer(
 def relevance(question: str, texts: Sequence[str]) -> list[float]:
     """How well each text answers the question, about 0..1; for reranking what a search found."""
     search = _Search(question, [Passage(text) for text in texts], distinct=False)
-    if not search.candidates or not search.asked.words:
+    if search.empty:
         return [0.0] * len(texts)
     return [round(float(score), 6) for score in search.passage_scores()]
 
@@ -209,11 +209,16 @@ class _Search:
                 seen.add(sentence.text)
                 self.candidates.append(sentence)
                 self.places.append(place)
-        if self.candidates and self.asked.words:
+        if not self.empty:
             self._vector = embed([question])[0]
             self._passage_words = [words_of(passage.text) for passage in passages]
             self._covered = np.array([coverage(self.asked, words) for words in self._passage_words])
             self.scores = self._with_neighbours(self._score())
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compare: no sentence, or no content word in the question."""
+        return not self.candidates or not self.asked.words
 
     def _score(self) -> NDArray[np.float32]:
         # A word that every passage has (the topic of all of them) tells little; this is BM25's inverse document
@@ -257,6 +262,7 @@ class _Search:
     def choose(self, max_sentences: int, max_words: int) -> list[int]:
         """Indices of the chosen sentences, best first."""
         chosen: list[int] = []
+        others: list[frozenset[str]] = []
         words = 0
         for i in np.argsort(-self.scores, kind="stable"):
             length = len(self.candidates[i].text.split())
@@ -265,9 +271,9 @@ class _Search:
             if chosen and words + length > max_words:
                 continue
             stems = words_of(self.candidates[i].text).stems
-            others = [words_of(self.candidates[j].text).stems for j in chosen]
             if all(len(stems & other) < SAME * max(1, min(len(stems), len(other))) for other in others):
                 chosen.append(int(i))
+                others.append(stems)
                 words += length
         return chosen
 

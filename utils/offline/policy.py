@@ -137,11 +137,9 @@ def _delegate(tool: Function, conversation: Conversation) -> list[Arguments]:
     everyone = members(conversation)
     done = {call.arguments.get("member_id") for call in conversation.called if call.name == tool.name}
     if "You work in route mode" in conversation.system:
-        return (
-            []
-            if done or not everyone
-            else [{"member_id": _best_member(everyone, conversation), "task": conversation.request}]
-        )
+        if done or not everyone:
+            return []
+        return [{"member_id": _best_member(everyone, conversation), "task": conversation.request}]
     waiting = [{"member_id": member, "task": conversation.request} for member, _ in everyone if member not in done]
     return waiting if _AT_ONCE.search(conversation.request) else waiting[:1]
 

@@ -30,8 +30,8 @@ from utils.offline.protocol import (
 from utils.offline.text import embed, token_ids
 
 EMBEDDING_SIZES = (64, 128, 256)
-# The same request gets the same bytes, so the creation time is a constant (2026-01-01).
 MODELS = (CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL)
+# The same request gets the same bytes, so the creation time is a constant (2026-01-01).
 _CREATED = 1_767_225_600
 
 
@@ -45,14 +45,13 @@ def create_app(api_key: str) -> Starlette:
 
     async def models(request: Request) -> Response:
         authorize(request)
-        data = [{"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"} for name in MODELS]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_model_body(name) for name in MODELS]})
 
     async def model(request: Request) -> Response:
         authorize(request)
         name = request.path_params["name"]
         _check_model(name, MODELS)
-        return JSONResponse({"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"})
+        return JSONResponse(_model_body(name))
 
     async def chat(request: Request) -> Response:
         authorize(request)
@@ -120,6 +119,10 @@ def _check_model(name: str, known: tuple[str, ...]) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def _model_body(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": _CREATED, "owned_by": "offline"}
 
 
 def _usage(prompt: int, completion: int) -> dict[str, Any]:

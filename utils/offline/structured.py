@@ -79,7 +79,7 @@ def _fill(schema: Any, root: dict[str, Any], name: str, found: Findings, depth: 
     if "const" in schema:
         return schema["const"]
     if schema.get("enum"):
-        return _choose(schema["enum"], name, found)
+        return _choose(schema["enum"], found)
     if "default" in schema and not found.answered:
         return schema["default"]
     for key in ("anyOf", "oneOf"):
@@ -138,7 +138,7 @@ def _fill_array(schema: dict[str, Any], root: dict[str, Any], name: str, found: 
     return values[: int(most)]
 
 
-def _choose(options: list[Any], name: str, found: Findings) -> Any:
+def _choose(options: list[Any], found: Findings) -> Any:
     texts = [option for option in options if isinstance(option, str)]
     said = [option for option in texts if option.lower() in found.text.lower()]
     return said[0] if said else options[0] if found.answered else options[-1]
