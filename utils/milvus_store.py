@@ -236,7 +236,7 @@ def _ordered(key: str, operator: str, value: Any) -> str:
         literal = text_literal(value)
     else:
         try:
-            literal = repr(value if value in INT64 else float(value))
+            literal = repr(value if isinstance(value, int) and value in INT64 else float(value))
         except OverflowError:
             raise InvalidFilter(f"The filter on {key!r} orders by a number beyond 64 bits.") from None
     return f"({_has(_term([key, None, kind]))}) and (meta_data[{text_literal(key)}] {operator} {literal})"
@@ -337,20 +337,27 @@ class _Clock:
         self.written = 0
         # When a document's chunks were last changed; only the newest matter.
         self.by_content: OrderedDict[str, int] = OrderedDict()
+        # After a write that failed or was interrupted nobody knows how far it came.
+        self.unsure = False
+        self.opening = threading.Lock()
         # Milvus Lite loses rows if several threads write to one collection and the process is then killed.
         self.writing = threading.Lock()
 
-    def note(self, timestamp: int, content: str) -> None:
+    def note(self, timestamp: int, content_hashes: Sequence[str] = ()) -> None:
+        """Remember a write to these contents; without any, to all of them."""
         self.written = max(self.written, timestamp)
-        self.by_content[content] = timestamp
-        self.by_content.move_to_end(content)
+        if not content_hashes:
+            self.opened = max(self.opened, timestamp)
+        for content_hash in content_hashes:
+            self.by_content[content_hash] = timestamp
+            self.by_content.move_to_end(content_hash)
         while len(self.by_content) > 10_000:
             _, forgotten = self.by_content.popitem(last=False)
             self.opened = max(self.opened, forgotten)
 
 
 _CLOCKS: dict[tuple[str, str], _Clock] = {}
-_CLOCKS_LOCK = threading.Lock()
+_PROCESS_LOCK = threading.Lock()
 
 
 class ReliableMilvus(VectorDb):
@@ -451,10 +458,10 @@ class ReliableMilvus(VectorDb):
         self._knows_bm25 = False
         self._ready = False
         self._has_bm25 = False
-        self._opening = threading.RLock()
+        self._connecting = threading.Lock()
         # Milvus Lite is one place however its path is spelled.
         place = str(Path(uri).resolve()) if self._on_lite_file else uri.rstrip("/")
-        with _CLOCKS_LOCK:
+        with _PROCESS_LOCK:
             self._clock = _CLOCKS.setdefault((f"{place}#{client_options.get('db_name', '')}", collection), _Clock())
 
     # --- settings that Agno reads or writes ---
@@ -506,7 +513,7 @@ class ReliableMilvus(VectorDb):
         return self._call(lambda client, seconds: client)
 
     def _connected(self, seconds: float) -> MilvusClient:
-        with self._opening:
+        with self._connecting:
             if self._client is None:
                 self._client = self._connect(seconds)
             return self._client
@@ -520,7 +527,8 @@ class ReliableMilvus(VectorDb):
                     "index the documents again."
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-        client = MilvusClient(self.uri, token=self.token or "", timeout=seconds, **self._client_options)
+        with _PROCESS_LOCK:  # two threads that open a file of Milvus Lite at once would lock each other out
+            client = MilvusClient(self.uri, token=self.token or "", timeout=seconds, **self._client_options)
         version = str(client.get_server_version(timeout=seconds))
         self._is_lite = version.startswith("milvus_lite")
         # A hosted service may call its version anything, and is newer than 2.5.
@@ -615,7 +623,7 @@ class ReliableMilvus(VectorDb):
 
     def drop(self) -> None:
         """Remove the collection with all of its chunks, of all users."""
-        with self._opening, self._clock.writing:
+        with self._clock.opening, self._clock.writing:
             self._call(lambda client, seconds: client.drop_collection(self.collection, timeout=seconds))
             self._ready = False
 
@@ -634,7 +642,7 @@ class ReliableMilvus(VectorDb):
         """Make sure, once, that the collection is this store's, complete and loaded."""
         if self._ready:
             return
-        with self._opening:
+        with self._clock.opening:
             if self._ready:
                 return
             if self.exists():
@@ -690,10 +698,14 @@ class ReliableMilvus(VectorDb):
         if self._has_bm25:
             indexes.add_index("sparse", "SPARSE_INVERTED_INDEX", "sparse", metric_type="BM25")
         wanted = {index.field_name for index in indexes}
-        if wanted - self._call(self._indexed_fields):
-            self._call(
-                lambda client, seconds: client.create_index(self.collection, indexes, sync=False, timeout=seconds)
-            )
+        try:
+            if wanted - self._call(self._indexed_fields):
+                self._call(
+                    lambda client, seconds: client.create_index(self.collection, indexes, sync=False, timeout=seconds)
+                )
+        except MilvusStoreError:
+            if wanted - self._call(self._indexed_fields):  # else another process was quicker
+                raise
         replicas = {} if self._is_lite else {"replica_number": self.replicas}
         self._call(lambda client, seconds: client.load_collection(self.collection, timeout=seconds, **replicas))
 
@@ -703,7 +715,7 @@ class ReliableMilvus(VectorDb):
 
     def _verify(self) -> None:
         fields = self._fields(self.collection)
-        if {"vector", "dense_vector"} & fields.keys() and "terms" not in fields:
+        if _is_of_stock_adapter(fields):
             raise CollectionMismatch(
                 f"{self.collection} was made by agno.vectordb.milvus.Milvus, which stores metadata as text: give this "
                 f'store a new name and copy the rows with its migrate("{self.collection}").'
@@ -739,19 +751,23 @@ class ReliableMilvus(VectorDb):
 
     def read_after(self, timestamp: int) -> None:
         """Let all later reads of this process see what was written up to another process's `last_write`."""
-        self._clock.written = max(self._clock.written, timestamp)
-        self._clock.opened = max(self._clock.opened, timestamp)
+        self._clock.note(timestamp)
 
     def _now(self) -> int:
-        """Milvus's clock. Any later read that waits for it sees all that was written before; 0 on Milvus Lite.
+        """Milvus's clock; a read that waits for it sees all that was written before. Milvus Lite needs none.
 
         A write's own timestamp would do for inserts, but a delete does not return one.
         """
+        if self._is_lite:
+            return 0
         return int(self._call(lambda client, seconds: client._get_connection().alloc_timestamp(timeout=seconds)))
 
     def _view(self, level: str | None = None, content: str | None = None) -> dict[str, Any]:
         """The arguments of a read that make it see what it has to."""
         level = _checked_level(level) if level else self.consistency
+        if self._clock.unsure:
+            self._clock.note(self._now())
+            self._clock.unsure = False
         if content is not None:
             seen = max(self._clock.opened, self._clock.by_content.get(content, 0))
         elif level == "Session":
@@ -802,13 +818,13 @@ class ReliableMilvus(VectorDb):
     ) -> None:
         owner = _owner(user_id)
         self._open()
-        metadata = [_metadata(document, filters) for document in documents]
+        checked = [self._row(content_hash, document, _metadata(document, filters), owner) for document in documents]
         self._embed(documents)
         rows = {}
-        for document, meta_data in zip(documents, metadata, strict=True):
-            row = self._row(content_hash, document, meta_data, owner)
-            rows[row["id"]] = row  # a server would keep the first of two equal ids, Milvus Lite the last
-        with self._clock.writing if self._is_lite else contextlib.nullcontext():
+        for row, document in zip(checked, documents, strict=True):
+            # A server would keep the first of two equal ids, Milvus Lite the last.
+            rows[row["id"]] = {**row, "vector": document.embedding}
+        with self._writing(content_hash):
             stale = self._stale(content_hash, owner, rows) if replace else ""
             if stale and _is_nameless(content_hash, user_id, filters):
                 raise InvalidDocument(
@@ -818,7 +834,18 @@ class ReliableMilvus(VectorDb):
             self._upsert(list(rows.values()))
             if stale:
                 self._call(lambda client, seconds: client.delete(self.collection, filter=stale, timeout=seconds))
-            self._clock.note(self._now(), content_hash)
+
+    @contextlib.contextmanager
+    def _writing(self, *content_hashes: str) -> Iterator[None]:
+        """Around a write: note the time by which it was done, for the reads that follow."""
+        with self._clock.writing if self._is_lite else contextlib.nullcontext():
+            try:
+                yield
+                now = self._now()
+            except BaseException:
+                self._clock.unsure = True
+                raise
+            self._clock.note(now, content_hashes)
 
     def _row(self, content_hash: str, document: Document, meta_data: dict[str, Any], owner: str) -> dict[str, Any]:
         content = document.content.replace("\x00", "\ufffd")
@@ -845,7 +872,7 @@ class ReliableMilvus(VectorDb):
         terms = metadata_terms(meta_data)
         if len(terms) > MAX_TERMS:
             raise InvalidDocument(f"The metadata of {_title(document)} has more than {MAX_TERMS:,} values.")
-        return {**row, "meta_data": meta_data, "terms": terms, "vector": document.embedding}
+        return {**row, "meta_data": meta_data, "terms": terms}
 
     def _stale(self, content_hash: str, owner: str, rows: Mapping[str, Any]) -> str:
         """The expression for the owner's chunks of a document that are not among `rows`; "" if there are none."""
@@ -911,31 +938,40 @@ class ReliableMilvus(VectorDb):
             return
         self._open()
         fields = [*MAX_BYTES, "meta_data", "vector"]
-        with self._clock.writing if self._is_lite else contextlib.nullcontext():
-            changed = []
-            for row in self._all_rows(self.collection, _same(content_id=content_id), ["id", *fields], self._view()):
-                merged = _plain({**row["meta_data"], **metadata}, row["name"])
-                if merged != row["meta_data"]:
-                    changed.append({**row, "meta_data": merged, "terms": metadata_terms(merged)})
-            if changed:
+        expression = _same(content_id=content_id)
+        changed = []
+        for row in self._all_rows(self.collection, expression, ["id", *fields], self._view()):
+            merged = _plain({**row["meta_data"], **metadata}, row["name"])
+            if merged != row["meta_data"]:
+                changed.append({**row, "meta_data": merged, "terms": metadata_terms(merged)})
+        if changed:
+            with self._writing(*{row["content_hash"] for row in changed}):
                 self._upsert(changed)
-                for content_hash in {row["content_hash"] for row in changed}:
-                    self._clock.note(self._now(), content_hash)
 
     def _all_rows(
         self, collection: str, expression: str, fields: list[str], view: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """All rows that match; a plain query returns at most 16,384."""
+        """All rows that match; a plain query returns at most 16,384.
+
+        Raises:
+            MilvusUnavailable: some are missing, since a query node has not caught up.
+        """
+        # The iterator knows no consistency level, but what a count has waited for is there.
+        expected = self._count(expression, view, collection)
         pages = self._call(
             lambda client, seconds: client.query_iterator(
-                collection, batch_size=500, filter=expression, output_fields=fields, timeout=seconds, **view
+                collection, batch_size=500, filter=expression, output_fields=fields, timeout=seconds
             )
         )
+        found = 0
         try:
             while rows := self._call(lambda client, seconds: pages.next()):
+                found += len(rows)
                 yield from rows
         finally:
             pages.close()
+        if found < expected:
+            raise MilvusUnavailable(f"Milvus returned {found} of {expected} rows, since a node lags behind: try again.")
 
     def migrate(self, source: str) -> int:
         """Copy a collection of the stock adapter into this one, with its vectors, owners and metadata.
@@ -956,7 +992,7 @@ class ReliableMilvus(VectorDb):
             raise CollectionMissing(f"There is no collection {source} to copy from.")
         schema = self._fields(source)
         vector = "dense_vector" if "dense_vector" in schema else "vector"
-        if vector not in schema or "terms" in schema:
+        if not _is_of_stock_adapter(schema):
             raise CollectionMismatch(f"{source} was not made by agno.vectordb.milvus.Milvus.")
         if int(schema[vector]["params"]["dim"]) != self.dimensions:
             raise CollectionMismatch(f"The vectors of {source} do not have {self.dimensions} dimensions.")
@@ -964,14 +1000,13 @@ class ReliableMilvus(VectorDb):
         fields = ["id", "user_id", "content_hash", "content_id", "name", "content", "meta_data", vector]
         copied = 0
         rows = []
-        with self._clock.writing if self._is_lite else contextlib.nullcontext():
+        with self._writing():
             for found in self._all_rows(source, _EVERYTHING, fields, {"consistency_level": "Strong"}):
                 rows.append(self._migrated(found, found[vector]))
                 if len(rows) == BATCH_ROWS:
                     self._upsert(rows)
                     copied, rows = copied + len(rows), []
             self._upsert(rows)
-            self.read_after(self._now())
         return copied + len(rows)
 
     def _migrated(self, found: Mapping[str, Any], vector: list[float]) -> dict[str, Any]:
@@ -981,12 +1016,12 @@ class ReliableMilvus(VectorDb):
             id=found["id"],
             name=found.get("name"),
             content_id=found.get("content_id"),
-            embedding=list(vector),
             meta_data=json.loads(meta_data) if isinstance(meta_data, str) else meta_data,
         )
         owner = found.get("user_id") or SHARED
         owner = SHARED if owner == "__shared__" else owner
-        return self._row(found.get("content_hash") or "", document, _metadata(document, None), owner)
+        row = self._row(found.get("content_hash") or "", document, _metadata(document, None), owner)
+        return {**row, "vector": list(vector)}
 
     # --- searching ---
 
@@ -1085,22 +1120,25 @@ class ReliableMilvus(VectorDb):
         """Number of chunks that `search` with this user can find; all of them for None."""
         return self._count(_scoped("", user_id))
 
-    def _count(self, expression: str, content: str | None = None) -> int:
+    def _count(self, expression: str, view: Mapping[str, Any] | None = None, collection: str | None = None) -> int:
         self._open()
+        view = self._view() if view is None else view
         rows = self._call(
             lambda client, seconds: client.query(
-                self.collection,
+                collection or self.collection,
                 filter=expression,
                 output_fields=["count(*)"],
                 timeout=seconds,
-                **self._view(content=content),
+                **view,
             )
         )
         return int(rows[0]["count(*)"])
 
     def content_hash_exists(self, content_hash: str, user_id: str | None = None) -> bool:
         """Whether this owner (None: the shared chunks) has chunks of a document."""
-        return self._count(_same(content_hash=content_hash, user_id=_owner(user_id)), content_hash) > 0
+        return (
+            self._count(_same(content_hash=content_hash, user_id=_owner(user_id)), self._view(content=content_hash)) > 0
+        )
 
     def name_exists(self, name: str, user_id: str | None = None) -> bool:
         """Whether this owner (None: the shared chunks) has chunks with a name."""
@@ -1134,12 +1172,11 @@ class ReliableMilvus(VectorDb):
 
     def _delete(self, expression: str) -> bool:
         self._open()
-        with self._clock.writing if self._is_lite else contextlib.nullcontext():
-            # A server's delete_count does not say how many rows there were.
-            if not self._count(expression):
-                return False
+        # A server's delete_count does not say how many rows there were.
+        if not self._count(expression):
+            return False
+        with self._writing():
             self._call(lambda client, seconds: client.delete(self.collection, filter=expression, timeout=seconds))
-            self.read_after(self._now())
         return True
 
     # --- asynchronous twins: the same calls in a thread, so they never block the loop and need no loop of their own ---
@@ -1246,6 +1283,11 @@ def _is_nameless(content_hash: str, user_id: str | None, filters: Mapping[str, A
     owner = [] if user_id is None else [hashlib.sha256(user_id.encode()).hexdigest()[:16]]
     metadata = [json.dumps(filters, sort_keys=True, default=str)] if filters else []
     return content_hash == hashlib.sha256(":".join([*owner, *metadata, "Text"]).encode()).hexdigest()
+
+
+def _is_of_stock_adapter(fields: Mapping[str, Any]) -> bool:
+    vectors = {"vector", "dense_vector"} & fields.keys()
+    return bool(vectors) and "terms" not in fields and fields.get("id", {}).get("type") == DataType.VARCHAR
 
 
 def _title(document: Document) -> str:
@@ -1371,7 +1413,7 @@ def _of_background_loop(embedder: Embedder) -> Embedder:
 
 
 def _in_background_loop(work: Coroutine[Any, Any, T]) -> T:
-    with _CLOCKS_LOCK:
+    with _PROCESS_LOCK:
         if not _BACKGROUND_LOOP.is_running():
             threading.Thread(target=_BACKGROUND_LOOP.run_forever, name="milvus-store-loop", daemon=True).start()
     return asyncio.run_coroutine_threadsafe(work, _BACKGROUND_LOOP).result()
