@@ -18,6 +18,9 @@ from utils.bootstrap import ROOT
 if TYPE_CHECKING:
     import openai
 
+    from utils.milvus_lab.distributed import Cluster
+    from utils.milvus_lab.lite import LiteServer
+    from utils.milvus_lab.servers import ServerLab
     from utils.models import Models
     from utils.offline import OfflineServer
 
@@ -121,3 +124,41 @@ def client(offline_server: OfflineServer) -> Iterator[openai.OpenAI]:
         base_url=offline_server.base_url, api_key=offline_server.api_key, max_retries=0, timeout=60
     ) as made:
         yield made
+
+
+def _skip_without_server() -> None:
+    from utils.milvus_lab.programs import LabError, require_server
+
+    try:
+        require_server()
+    except LabError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def milvus_standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerLab]:
+    """A real Milvus Standalone (ready in 5 s), one for all tests: use collection names of your own."""
+    from utils.milvus_lab import standalone
+
+    _skip_without_server()
+    with standalone(tmp_path_factory.mktemp("standalone")) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def milvus_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Milvus Distributed with two query nodes (ready in 6 s), one for all tests; leave two nodes behind."""
+    from utils.milvus_lab import cluster
+
+    _skip_without_server()
+    with cluster(tmp_path_factory.mktemp("cluster")) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def milvus_lite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteServer]:
+    """Milvus Lite as a server (ready in 1 s), one for all tests: use collection names of your own."""
+    from utils.milvus_lab import lite_server
+
+    with lite_server(tmp_path_factory.mktemp("lite")) as lab:
+        yield lab

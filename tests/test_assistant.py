@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from agno.agent import Agent
+from agno.knowledge.document import Document
 from agno.knowledge.embedder.openai import OpenAIEmbedder
 from agno.models.openai import OpenAILike
 from pymilvus import DataType, MilvusClient
 
 from utils import lesson, models
-from utils.assistant import AssistantError, Library, ask, ask_command, build_agent, open_library
+from utils.assistant import MODES, AssistantError, Library, ask, ask_command, build_agent, open_library
 from utils.bootstrap import course_environment
 from utils.errors import CourseError
 from utils.knowledge import Text, load_questions
@@ -29,7 +31,9 @@ from utils.models import Models
 from utils.offline import CHAT_MODEL
 from utils.offline.answers import REFUSAL
 
-MODES = ("dense", "words", "both", "reranked")
+if TYPE_CHECKING:
+    from utils.milvus_lab.servers import ServerLab
+
 QUESTION = "Which port does Milvus listen on?"
 TEXTS = [
     Text(
@@ -80,12 +84,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("shared")
     yield str(folder / "milvus.db")
     lesson.close_lite(folder)
-
-
-def rows(library: Library, uri: str) -> int:
-    client = MilvusClient(uri)
-    found = client.query(library.collection, filter="", output_fields=["count(*)"])
-    return int(found[0]["count(*)"])
 
 
 def test_ask_prints_the_answer_its_sources_and_who_answered(first_ask: tuple[Path, str, str]) -> None:
@@ -146,12 +144,11 @@ def test_every_mode_finds_the_chunk_that_answers(shared: str, embedder: OpenAIEm
     found = {mode: library.search(QUESTION, 3, mode) for mode in MODES}
     assert {mode: hits[0]["name"] for mode, hits in found.items()} == dict.fromkeys(MODES, "ports")
     best = found["reranked"][0]
-    assert best["content"] == "# Ports: Server\n\nMilvus listens on port 19530." and best["meta_data"] == {
-        "id": "ports"
-    }
+    assert best["content"] == "# Ports: Server\n\nMilvus listens on port 19530."
+    assert best["meta_data"] == {"id": "ports", "title": "Ports", "topic": "milvus", "chunk": 2, "chunk_size": 46}
     assert [len(found[mode]) for mode in ("dense", "both", "reranked")] == [3, 3, 3]
     assert len(library.search(QUESTION, 1)) == 1
-    assert len(library.search(QUESTION, 99, "dense")) == rows(library, shared) == 6
+    assert len(library.search(QUESTION, 99, "dense")) == library.store.get_count() == 6
     assert [hit["name"] for hit in library.search("Rye needs what?", 9, "words")] == ["bread"], (
         "BM25 wants shared words"
     )
@@ -162,7 +159,7 @@ def test_every_mode_finds_the_chunk_that_answers(shared: str, embedder: OpenAIEm
 def test_the_best_of_both_are_ordered_by_the_reranker(shared: str, embedder: OpenAIEmbedder) -> None:
     library = Library(shared, "", embedder, TEXTS)
     question = "How does a whale breathe, and at which degrees is bread baked?"
-    fused = library._search_milvus(question, 30, 30, "both")
+    fused = [Document.from_dict(hit) for hit in library.search(question, 30, "both")]
     expected = [document.content for document in models.reranker().rerank(question, fused)][:2]
     assert [hit["content"] for hit in library.search(question, 2)] == expected
 
@@ -189,20 +186,21 @@ def test_a_proxy_is_not_asked_for_servers_of_this_machine(
     assert "19530" in ask(build_agent(library), QUESTION).text
 
 
-def test_an_embedder_that_refuses_is_one_sentence(shared: str, embedder: OpenAIEmbedder) -> None:
+def test_an_embedder_that_refuses_is_one_sentence_and_no_answer(shared: str, embedder: OpenAIEmbedder) -> None:
+    Library(shared, "", embedder, TEXTS)
     refused = OpenAIEmbedder(id=embedder.id, base_url=embedder.base_url, api_key="wrong", dimensions=256)
-    with pytest.raises(
-        AssistantError, match=rf"^The embedder at {refused.base_url} did not answer \(AuthenticationErr"
-    ):
-        Library(shared, "", refused, TEXTS).search(QUESTION)
+    library = Library(shared, "", refused, TEXTS)  # its chunks are there already
+    with pytest.raises(AssistantError, match=rf"^The embedder at {refused.base_url} did not answer \(.* 401 .*\); ask"):
+        library.search(QUESTION)
+    with pytest.raises(AssistantError, match=r"^The search failed while the question was answered; ask again"):
+        ask(build_agent(library), QUESTION)
 
 
 def test_missing_rows_are_noticed_and_indexed_again(shared: str, embedder: OpenAIEmbedder) -> None:
     library = Library(shared, "", embedder, TEXTS)
-    MilvusClient(shared).delete(library.collection, filter="document == 'ports'")
-    assert rows(library, shared) == 4
+    assert library.store.delete_by_name("ports") and library.store.get_count() == 4
     repaired = Library(shared, "", embedder, TEXTS)
-    assert repaired.collection == library.collection and rows(repaired, shared) == 6
+    assert repaired.store.collection == library.store.collection and repaired.store.get_count() == 6
     assert repaired.search(QUESTION, 1)[0]["name"] == "ports"
 
 
@@ -215,8 +213,8 @@ def test_a_changed_corpus_replaces_the_collection_and_nothing_else(shared: str, 
     client.create_collection("ask_me_anything", schema=schema)  # the learner's own
     changed = [replace(TEXTS[0], body="# Ports\n\nMilvus now listens on port 20000."), *TEXTS[1:]]
     second = Library(shared, "", embedder, changed)
-    assert set(client.list_collections()) == {"ask_me_anything", second.collection}
-    assert first.collection != second.collection
+    assert set(client.list_collections()) == {"ask_me_anything", second.store.collection}
+    assert first.store.collection != second.store.collection
     assert "20000" in second.search(QUESTION, 1)[0]["content"]
 
 
@@ -234,16 +232,31 @@ def test_a_database_held_by_another_process_is_one_sentence(
         with pytest.raises(CourseError) as error:
             ask_command(QUESTION)
         holder.communicate("\n", timeout=30)
-    assert "Milvus Lite cannot open .../held/milvus.db" in str(error.value)
-    assert "another process may hold it" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("The Milvus at .../held/milvus.db cannot be used: ")
+    assert "another process holds it" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_server_that_does_not_answer_is_one_sentence(embedder: OpenAIEmbedder, closed_port: int) -> None:
     with pytest.raises(AssistantError) as error:
         Library(f"http://127.0.0.1:{closed_port}", "root:secret", embedder, TEXTS)
     said = str(error.value)
-    assert said.startswith(f"The Milvus server at http://127.0.0.1:{closed_port} failed") and "MILVUS_URI" in said
+    assert f"Milvus at http://127.0.0.1:{closed_port} does not answer" in said and "MILVUS_URI" in said
     assert "\n" not in said and "secret" not in said
+
+
+def test_a_server_without_bm25_answers_from_vectors_and_reranker(
+    milvus_standalone: ServerLab, embedder: OpenAIEmbedder
+) -> None:
+    library = Library(milvus_standalone.uri, milvus_standalone.token, embedder, TEXTS)
+    reply = ask(build_agent(library), QUESTION)
+    assert "19530" in reply.text and reply.sources == ("ports",)
+    dense = [Document.from_dict(hit) for hit in library.search(QUESTION, 30, "dense")]
+    expected = [document.content for document in models.reranker().rerank(QUESTION, dense)]
+    assert [hit["content"] for hit in library.search(QUESTION, 30)] == expected
+    for mode in ("words", "both"):
+        with pytest.raises(AssistantError, match="needs BM25"):
+            library.search(QUESTION, 3, mode)
+    library.store.drop()
 
 
 def test_a_failed_run_is_an_error_and_not_an_answer(closed_port: int) -> None:

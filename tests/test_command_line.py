@@ -54,10 +54,10 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Popen[s
 def test_without_a_command_the_help_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "doctor"))
+    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "milvus", "doctor"))
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"]])
+@pytest.mark.parametrize("arguments", [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"], ["milvus", "big"]])
 def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         command_line.main(arguments)
@@ -105,7 +105,7 @@ def test_ready_start_costs_little(project: Path) -> None:
 def test_unknown_notebook_is_one_sentence_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["run", "77"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: There is no notebook '77': choose from 00_start_here, 02_knowledge_assistant")
+    assert shown.startswith("error: There is no notebook '77': choose from 00_start_here, 01_milvus_deployment")
     assert shown.count("\n") == 1
 
 

@@ -1,8 +1,10 @@
-"""The cell of notebook 02 that is made to be copied: alone in an empty folder, without this repository."""
+"""The cell of notebook 02 that is made to be copied: with milvus_store.py alone, without this repository."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +25,21 @@ def copy_me() -> str:
 
 def test_it_uses_nothing_from_this_repository_and_answers_again_after_a_restart(tmp_path: Path) -> None:
     source = copy_me()
-    assert "utils" not in source
+    store = ROOT / "utils" / "milvus_store.py"
+    for text in (source, store.read_text(encoding="utf-8")):
+        assert not re.search(r"^\s*(from|import) utils", text, re.MULTILINE)
     (tmp_path / "assistant.py").write_text(source, encoding="utf-8")
+    shutil.copy(store, tmp_path)
     environment = {**os.environ, **models.client_environment(load_settings()), "AGNO_TELEMETRY": "false"}
-    environment.pop("PYTHONPATH", None)
+    environment |= {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     for _ in range(2):
-        # -P keeps the current folder off the path, so that no module of this repository can be found.
-        command = [sys.executable, "-P", "assistant.py"]
+        command = [sys.executable, "assistant.py"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr[-500:]
         assert "9:30" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"assistant.py", "my_knowledge.db", "my_assistant.db"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "assistant.py",
+        "milvus_store.py",
+        "my_knowledge.db",
+        "my_assistant.db",
+    }

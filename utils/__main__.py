@@ -1,4 +1,4 @@
-"""The command line: python3 -m utils lab | test | run | ask | doctor.
+"""The command line: python3 -m utils lab | test | run | ask | milvus | doctor.
 
 Standard library only: everything that needs a package is imported after the environment is there.
 """
@@ -40,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("ask", help="answer one question from data/knowledge")
     ask.add_argument("question")
+
+    milvus = commands.add_parser("milvus", help="run a Milvus server in the foreground, without Docker")
+    milvus.add_argument(
+        "kind", choices=["standalone", "cluster", "lite"], help="lite runs everywhere, the others on Linux"
+    )
+    milvus.add_argument("--folder", help="for its data and logs (default: data/local/milvus-KIND)")
+    milvus.add_argument("--port", type=int, help="the port to listen on (default: a free one)")
+    milvus.add_argument("--query-nodes", type=int, metavar="N", help="query nodes of a cluster (default: 2)")
 
     commands.add_parser("doctor", help="what works here, what does not, and the remedy")
     return top
@@ -103,6 +111,10 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         from utils.assistant import ask_command
 
         return int(ask_command(options.question))
+    if options.command == "milvus":
+        from utils.milvus_lab.command import milvus_command
+
+        return milvus_command(options.kind, options.folder, options.port, options.query_nodes)
     from utils.doctor import main as examine
 
     return int(examine())

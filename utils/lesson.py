@@ -111,7 +111,8 @@ def describe_milvus(folder: Path, settings: Settings | None = None) -> str:
             f"No Milvus answers at {settings.milvus_uri} (or it refuses MILVUS_TOKEN): start the server, "
             "correct MILVUS_URI and MILVUS_TOKEN, or remove MILVUS_URI to use Milvus Lite."
         ) from None
-    return f"Milvus server {found.removeprefix('v')} at {settings.milvus_uri}"
+    # The server in the pip package calls itself "v2.3.5-lite" and is a server all the same.
+    return f"Milvus server {found.removeprefix('v').removesuffix('-lite')} at {settings.milvus_uri}"
 
 
 def show_path(path: Path) -> str:

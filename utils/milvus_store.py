@@ -568,7 +568,7 @@ class ReliableMilvus(VectorDb):
         if isinstance(error, ConnectionConfigException) and self._on_lite_file:
             return MilvusUnavailable(
                 f"{Path(self.uri).name} cannot be opened: another process holds it (Milvus Lite serves one process "
-                "at a time: stop that one, or share the data with lite_server()), or the disk is full or not writable."
+                "at a time: stop that one, or use a server), or the disk is full or not writable."
             )
         if isinstance(error, ConnectionConfigException):
             return MilvusStoreError(
@@ -605,6 +605,13 @@ class ReliableMilvus(VectorDb):
                 return True
         except OSError:
             return False
+
+    def close(self) -> None:
+        """Close the connection; the next call opens it again."""
+        with self._connecting:
+            if self._client is not None:
+                self._client.close()
+            self._client = None
 
     # --- the collection ---
 
@@ -958,6 +965,18 @@ class ReliableMilvus(VectorDb):
         """
         # The iterator knows no consistency level, but what a count has waited for is there.
         expected = self._count(expression, view, collection)
+        if expected <= 1000:  # the iterator needs a second to begin on a server
+            yield from self._call(
+                lambda client, seconds: client.query(
+                    collection,
+                    filter=expression,
+                    output_fields=fields,
+                    limit=max(expected, 1),
+                    timeout=seconds,
+                    **view,
+                )
+            )
+            return
         pages = self._call(
             lambda client, seconds: client.query_iterator(
                 collection, batch_size=500, filter=expression, output_fields=fields, timeout=seconds

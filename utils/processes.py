@@ -34,14 +34,21 @@ class ServerProcess:
         command: program and arguments.
         log_file: receives standard output and error; its folder is made if needed.
         environment: variables added to those of this process.
+        patience: seconds between the request to end and the kill when the server is stopped.
 
     The server runs in a process group of its own, so interrupting a notebook cell does not interrupt the server.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], log_file: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log_file: Path,
+        environment: Mapping[str, str] | None = None,
+        patience: float = 5,
     ) -> None:
         self.name = name
+        self._patience = patience
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as log:
@@ -68,7 +75,12 @@ class ServerProcess:
     @property
     def running(self) -> bool:
         """Whether the process still runs."""
-        return self._process.poll() is None
+        return self.exit_code is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the process ended; None while it runs."""
+        return self._process.poll()
 
     def wait_until(self, ready: Callable[[], bool], timeout: float) -> None:
         """Return once `ready()` is true.
@@ -93,13 +105,22 @@ class ServerProcess:
         text = self.log_file.read_text(encoding="utf-8", errors="replace").strip()
         return "\n".join(text.splitlines()[-lines:]) or "(the log is empty)"
 
-    def stop(self, timeout: float = 5) -> None:
-        """End the server: ask first, kill after `timeout` seconds. Does nothing when it has ended already."""
+    def kill(self) -> None:
+        """End the server at once, as a crash would, and wait until it has ended."""
+        atexit.unregister(self.stop)
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End the server: ask first, kill after `timeout` seconds (default: its `patience`).
+
+        Does nothing when it has ended already.
+        """
         atexit.unregister(self.stop)
         if self.running:
             self._process.terminate()
             try:
-                self._process.wait(timeout)
+                self._process.wait(self._patience if timeout is None else timeout)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()

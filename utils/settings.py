@@ -111,7 +111,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         _check_url("OPENAI_BASE_URL", url)
     if provider != "offline" and not (key.isascii() and key.isprintable() and " " not in key):
         raise SettingsError("OPENAI_API_KEY holds a character that no key has; copy the key again.")
-    uri = values.get("MILVUS_URI", "")
+    uri = values.get("MILVUS_URI") or values.get("MILVUS_LITE_PATH", "")  # the latter is set by utils/__init__.py
     if uri.endswith(".db"):
         uri = str(_path("MILVUS_URI", uri))
     elif uri:

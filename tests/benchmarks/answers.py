@@ -31,11 +31,10 @@ import pandas as pd  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from utils import lesson, models  # noqa: E402
-from utils.assistant import Library, ask, build_agent, open_library  # noqa: E402
+from utils.assistant import MODES, Library, ask, build_agent, open_library  # noqa: E402
 from utils.knowledge import Question, load_questions  # noqa: E402
 from utils.offline.answers import FEATURES, REFUSAL, Passage, answerability_features  # noqa: E402
 
-MODES = ("dense", "words", "both", "reranked")
 DEPTH = 10
 TARGETS = {"recall@3": 0.85, "key fact": 0.75, "correct refusals": 0.80, "wrong refusals": 0.10}
 # The share of answerable dev questions that the fitted model may refuse.
