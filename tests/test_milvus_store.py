@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
 import socket
@@ -26,6 +27,7 @@ from agno.vectordb.search import SearchType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymilvus import WeightedRanker
+from pymilvus.exceptions import MilvusException
 from store_checks import CHECKS, DIMENSIONS, Check, Place, WordEmbedder, contents, documents
 
 from utils.bootstrap import ROOT
@@ -769,6 +771,63 @@ def test_full_disk(small_disk: Any) -> None:
     assert "kept" in contents(again.search("kept", 5))
     close_lite(folder)
     shutil.rmtree(folder / "milvus.db")
+
+
+# --- errors that pass, and errors that do not ---
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (MilvusException(2, "service not ready[NodeID=1]"), 3),
+        (MilvusException(65535, "no available shard leaders"), 3),
+        (MilvusException(1100, "invalid parameter"), 1),
+        (MilvusException(65535, "cannot parse expression"), 1),
+    ],
+    ids=["not ready", "no leader", "invalid", "parse"],
+)
+def test_passing_errors_are_retried_and_others_are_not(lite: Place, error: MilvusException, calls: int) -> None:
+    store = lite.store()
+    store.insert("h", documents("text"))
+    search, seen = store.client.search, []
+
+    def fail_twice(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["timeout"])
+        if len(seen) < 3:
+            raise error
+        return search(*arguments, **options)
+
+    store.client.search = fail_twice
+    store.search("text") if calls == 3 else pytest.raises(MilvusStoreError, store.search, "text")
+    assert len(seen) == calls
+    assert all(later < earlier <= store.timeout for earlier, later in itertools.pairwise(seen))
+
+
+def test_waiting_ends_when_the_time_is_up(lite: Place) -> None:
+    store = lite.store(timeout=0.5)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MilvusException(2, "service not ready")
+
+    store.client.search = fail
+    with pytest.raises(MilvusUnavailable, match="0.5 seconds"):
+        store.search("text")
+
+
+def test_embedder_with_an_asynchronous_client_works_in_several_loops(lite: Place, offline_models: Any) -> None:
+    from utils import models
+
+    store = lite.new_store(models.embedder())
+    for number in range(3):
+        asyncio.run(store.async_insert(str(number), documents(f"text {number}", f"page {number}")))
+        assert len(asyncio.run(store.async_search("text", 99))) == 2 * (number + 1)
+
+
+def test_close_and_go_on(place: Place) -> None:
+    store = place.store()
+    store.insert("h", documents("text"))
+    store.close()
+    assert contents(store.search("text")) == ["text"]
 
 
 # --- a server that dies ---

@@ -221,7 +221,6 @@ def test_run_again_alone_leaves_a_clean_tree_and_no_process(notebook: Notebook) 
     before, mark = tree(), uuid.uuid4().hex
     result = run_notebook(notebook, extra_environment={"COURSE_TEST_RUN": mark})
     assert result.error is None
-    assert result.seconds < 60
     end = time.monotonic() + 5  # a server may need a moment to notice that its owner is gone
     while (left := processes_with(mark)) and time.monotonic() < end:
         time.sleep(0.1)

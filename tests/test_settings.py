@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +226,22 @@ def test_whatever_the_file_holds_only_settings_errors_come_out(any_file: Path, c
         assert load_settings({"MODEL_PROVIDER": "offline"}, any_file).provider == "offline"
     except SettingsError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("in_file", [False, True], ids=["variable", ".env"])
+def test_path_of_milvus_lite_does_not_trouble_pymilvus(in_file: bool, tmp_path: Path) -> None:
+    """pymilvus reads MILVUS_URI, from the environment or .env, while it is imported, and takes no path."""
+    package = tmp_path / "utils"
+    package.mkdir()
+    for name in ("__init__.py", "settings.py", "bootstrap.py", "errors.py"):
+        shutil.copy(ROOT / "utils" / name, package / name)
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    if in_file:
+        (tmp_path / ".env").write_text("MILVUS_TOKEN=x\nMILVUS_URI='lab.db'\n", encoding="utf-8")
+    else:
+        environment["MILVUS_URI"] = "lab.db"
+    program = "import utils, pymilvus; from utils.settings import load_settings; print(load_settings().milvus_uri)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout.strip() == str(tmp_path.resolve() / "lab.db"), ran.stderr

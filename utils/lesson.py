@@ -138,7 +138,7 @@ def show_setup(folder: Path, always_lite: bool = False) -> None:
     print(f"embedder  {found.embedding}, {found.dimensions} dimensions")
     print(f"milvus    {describe_milvus(folder, replace(settings, milvus_uri='') if always_lite else settings)}")
     if always_lite and settings.milvus_uri:
-        print("          This notebook always uses Milvus Lite; MILVUS_URI is for `ask` and server notebooks.")
+        print("          This notebook does not use MILVUS_URI; `ask` and other notebooks do.")
     if found.chat.provider == "offline":
         print(f"          The offline model is {models.EXTRACTIVE}.")
 

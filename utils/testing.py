@@ -1,11 +1,13 @@
 """The pytest plugin of the suite (named in .pytest.ini, so that it is there for whatever path is tested).
 
-It gives every test and notebook the same surroundings, sets nbval up, adds --quick, and prints the time per notebook.
+It gives every test and notebook the same surroundings, sets nbval up, says what may run side by side, adds --quick, and
+prints the time per notebook.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections import defaultdict
 from pathlib import Path
@@ -39,8 +41,17 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         collector.skip_compare += ("stderr", "text/html")
 
 
+def _group(item: pytest.Item) -> str:
+    """What must run in one process, one after the other: a notebook, all that needs Milvus servers, else a file."""
+    notebook = re.search(r"\b\d\d_\w+", item.nodeid)
+    if notebook and (".ipynb::" in item.nodeid or item.get_closest_marker("notebook_run")):
+        return notebook[0]
+    return "milvus" if item.path.name.startswith("test_milvus_") else item.path.name
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if hasattr(item, "output_timeout"):  # nbval's cell; its own 5 seconds are too few on a busy machine
             item.output_timeout = 30
     if config.getoption("--quick"):

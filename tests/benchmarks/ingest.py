@@ -10,9 +10,10 @@ On Windows the interpreter is .venv\\Scripts\\python.
 Every run fills a new collection, with 2,000 documents, or 200 with the stock adapter, which writes one row a call; the
 figures are for one document. Without --offline-embedder the vectors are looked up. pymilvus alone writes the same rows
 into a collection with the same fields and index, 1,000 a call: the time includes the embedder and making the rows, but
-not their `terms`, which only ReliableMilvus needs. No collection has BM25, since the stock adapter's has none, but
-that of "insert with BM25" (Milvus Lite; the standalone server is too old for it). pymilvus's quicker call, insert or upsert, is the one to compare with.
-`upsert` is what Knowledge.insert calls.
+not their `terms`, which only ReliableMilvus needs. Its quicker call, insert or upsert, is the one to compare with. No
+collection has BM25, since the stock adapter's has none, but that of "insert with BM25" (Milvus Lite; the standalone
+server is too old for it). `upsert` is what Knowledge.insert calls; the first one of a process waits for Milvus's clock,
+0.1 to 0.2 seconds on a server, to know what was there before.
 """
 
 from __future__ import annotations
