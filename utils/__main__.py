@@ -103,7 +103,7 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         import pytest
 
         # Two at a time, since much of the suite waits for servers; with arguments, in order, as one expects of -x.
-        side_by_side = [] if rest else ["-n", "2", "--dist", "loadgroup"]
+        side_by_side = [] if rest else ["-n", "2"]
         return int(pytest.main(["--quick"] * options.quick + side_by_side + rest))
     if options.command == "run":
         from utils.notebooks import run_command

@@ -572,7 +572,9 @@ class ReliableMilvus(VectorDb):
         if _is_not_loaded(error):
             with contextlib.suppress(MilvusException, grpc.RpcError):
                 client.load_collection(self.collection, timeout=self.timeout)
-        elif self._on_lite_file:
+        elif self._on_lite_file and (
+            _grpc_status(error) is grpc.StatusCode.UNAVAILABLE or "Fail connecting" in str(error)
+        ):
             self._client = None  # it was closed and opened again in this process, at another port
 
     def _explained(self, error: MilvusException | grpc.RpcError) -> MilvusStoreError:

@@ -11,6 +11,7 @@ import re
 import signal
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,17 +42,28 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         collector.skip_compare += ("stderr", "text/html")
 
 
-def _group(item: pytest.Item) -> str:
+def _group(nodeid: str) -> str:
     """What must run in one process, one after the other: a notebook, all that needs Milvus servers, else a file."""
-    notebook = re.search(r"\b\d\d_\w+", item.nodeid)
-    if notebook and (".ipynb::" in item.nodeid or item.get_closest_marker("notebook_run")):
-        return notebook[0]
-    return "milvus" if item.path.name.startswith("test_milvus_") else item.path.name
+    notebook = re.match(r"notebooks/(\d\d_\w+)|.*::test_run_again_alone\w*\[(\d\d_\w+)\]", nodeid)
+    if notebook:
+        return notebook[1] or notebook[2]
+    return "milvus" if nodeid.startswith("tests/test_milvus_") else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute the groups to the workers. (xdist 3.8's own --dist loadgroup has no effect with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if hasattr(item, "output_timeout"):  # nbval's cell; its own 5 seconds are too few on a busy machine
             item.output_timeout = 30
     if config.getoption("--quick"):
