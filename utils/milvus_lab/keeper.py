@@ -1,8 +1,8 @@
 """The keeper of a lab: `python -m utils.milvus_lab.keeper --owner MARK --folder DIR --lab ID [--broker DIR]`.
 
 One process beside the servers. It holds the folder's lock, runs the lab broker of a cluster, and ends the lab's
-processes when their owner is gone. It finds them by the variable MILVUS_LAB in their environment, so none is missed,
-not even one that was started in the moment in which the owner was killed.
+processes when their owner is gone or it is told to end itself. It finds them by the variable MILVUS_LAB in their
+environment, so none is missed, not even one that was started in the moment in which the owner was killed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,6 +42,8 @@ def main() -> int:
         if not _take(lock, path):
             return BUSY
         end_with_owner(arguments.owner, lambda: end_lab(arguments.lab))
+        # Whoever ends all Python processes of a session ends this one too, and the owner may go at the same moment.
+        signal.signal(signal.SIGTERM, lambda *_: end_lab(arguments.lab))
         asyncio.run(_stay(lock, arguments))
     return 0
 
