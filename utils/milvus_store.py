@@ -695,7 +695,6 @@ class ReliableMilvus(VectorDb):
             DataType.ARRAY,
             element_type=DataType.VARCHAR,
             max_capacity=MAX_TERMS,
-            # The digest of a long term has a prefix of its own.
             max_length=MAX_TERM_LENGTH,
         )
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self.dimensions)

@@ -17,7 +17,7 @@ LOCKED = 3  # utils.milvus_lab.lite knows it too, but is not imported here: its 
 
 def main() -> int:
     """Serve on loopback, write the port to the port file, and stay until stopped or until the owner is gone."""
-    parser = argparse.ArgumentParser(prog="python -m utils.milvus_lab.lite")
+    parser = argparse.ArgumentParser(prog="python -m utils.milvus_lab.lite_process")
     parser.add_argument("--owner", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--port", required=True, type=int)
