@@ -1,4 +1,4 @@
-"""The command line: python3 -m utils lab | test | run | ask | milvus | doctor.
+"""The command line: python3 -m utils lab | test | run | ask | serve | milvus | doctor.
 
 Standard library only: everything that needs a package is imported after the environment is there.
 """
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("ask", help="answer one question from data/knowledge")
     ask.add_argument("question")
+
+    commands.add_parser("serve", help="run the knowledge assistant as a service (settings: utils/hosting/config.py)")
 
     milvus = commands.add_parser("milvus", help="run a Milvus server in the foreground, without Docker")
     milvus.add_argument(
@@ -113,6 +115,10 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         from utils.assistant import ask_command
 
         return int(ask_command(options.question))
+    if options.command == "serve":
+        from utils.apps.knowledge_agent import main as serve
+
+        return serve()
     if options.command == "milvus":
         from utils.milvus_lab.command import milvus_command
 

@@ -5,8 +5,9 @@ The rest of the course never names a model or a server; it calls `chat_model()` 
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -55,32 +56,53 @@ class Models:
     embedding: Endpoint
     dimensions: int
 
+    def to_json(self) -> str:
+        """The endpoints with their keys, to hand them to a child process."""
+        return json.dumps(asdict(self))
 
-def chat_model(settings: Settings | None = None, **options: Any) -> OpenAIChat:
-    """An Agno chat model for an Agent or Team; `options` go to its constructor (temperature, ...).
+    @classmethod
+    def from_json(cls, text: str) -> Models:
+        """The endpoints out of `to_json`; they are not checked again."""
+        found = json.loads(text)
+        return cls(Endpoint(**found["chat"]), Endpoint(**found["embedding"]), found["dimensions"])
+
+
+def chat_model(source: Settings | Models | None = None, **options: Any) -> OpenAIChat:
+    """An Agno chat model for an Agent or Team.
+
+    Args:
+        source: settings to connect with (default: those of the environment), or endpoints that `connect` found before.
+        options: for its constructor (temperature, ...).
 
     Raises:
         ModelError: the server cannot be reached, refuses the key, or does not know the model.
         SettingsError: see `load_settings`.
     """
-    chat = connect(settings or load_settings()).chat
+    chat = _found(source).chat
     # OpenAI's own models know the role `developer` that OpenAIChat sends; other servers mostly know `system`
     # (OpenAILike).
     kind = OpenAIChat if chat.provider == "openai" else OpenAILike
     return kind(id=chat.model_id, base_url=chat.base_url, api_key=chat.api_key, **options)
 
 
-def embedder(settings: Settings | None = None) -> OpenAIEmbedder:
+def embedder(source: Settings | Models | None = None) -> OpenAIEmbedder:
     """An Agno embedder; its `dimensions` are those of the vectors that the server really returns.
+
+    Args:
+        source: as for `chat_model`.
 
     Raises:
         ModelError, SettingsError: as for `chat_model`.
     """
-    models = connect(settings or load_settings())
+    models = _found(source)
     embedding = models.embedding
     return OpenAIEmbedder(
         id=embedding.model_id, base_url=embedding.base_url, api_key=embedding.api_key, dimensions=models.dimensions
     )
+
+
+def _found(source: Settings | Models | None) -> Models:
+    return source if isinstance(source, Models) else connect(source or load_settings())
 
 
 class ServerReranker(Reranker):

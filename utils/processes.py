@@ -35,6 +35,7 @@ class ServerProcess:
         log_file: receives standard output and error; its folder is made if needed.
         environment: variables added to those of this process.
         patience: seconds between the request to end and the kill when the server is stopped.
+        append: keep what the log file holds, such as the log of the same server before its restart.
 
     The server runs in a process group of its own, so interrupting a notebook cell does not interrupt the server.
     """
@@ -46,12 +47,13 @@ class ServerProcess:
         log_file: Path,
         environment: Mapping[str, str] | None = None,
         patience: float = 5,
+        append: bool = False,
     ) -> None:
         self.name = name
         self._patience = patience
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("wb") as log:
+        with log_file.open("ab" if append else "wb") as log:
             try:
                 self._process = subprocess.Popen(
                     list(command),

@@ -83,13 +83,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     Raises:
         SettingsError: a value is unknown or a needed one is missing; the message names the variable and what to set.
     """
-    try:
-        # The encoding without the mark that Windows editors put before the first variable.
-        found = dotenv_values(env_file or ROOT / ".env", encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f".env cannot be read ({error.__class__.__name__}); save it as UTF-8 text.") from None
-    from_file = {k: v for k, v in found.items() if v is not None}
-    values = {k: v.strip() for k, v in {**from_file, **(os.environ if environment is None else environment)}.items()}
+    values = read_values(environment, env_file)
     key, url = values.get("OPENAI_API_KEY", ""), values.get("OPENAI_BASE_URL", "").rstrip("/")
     provider = values.get("MODEL_PROVIDER", "").lower() or ("compatible" if url else "openai" if key else "offline")
     if provider not in PROVIDERS:
@@ -113,7 +107,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         raise SettingsError("OPENAI_API_KEY holds a character that no key has; copy the key again.")
     uri = values.get("MILVUS_URI") or values.get("MILVUS_LITE_PATH", "")  # the latter is set by utils/__init__.py
     if uri.endswith(".db"):
-        uri = str(_path("MILVUS_URI", uri))
+        uri = str(read_path("MILVUS_URI", uri))
     elif uri:
         _check_url("MILVUS_URI", uri)
     # The offline provider has a key and models of its own; what is set for another one does not concern it.
@@ -127,10 +121,21 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         embedding_id=chosen.get("EMBEDDING_ID") or (OPENAI_EMBEDDING if openai else ""),
         milvus_uri=uri,
         milvus_token=values.get("MILVUS_TOKEN", ""),
-        telemetry=_truth(values, "AGNO_TELEMETRY"),
-        large_data=_truth(values, "LARGE_DATA"),
-        data_folder=_path("COURSE_DATA", values.get("COURSE_DATA", "") or "data/local"),
+        telemetry=read_truth(values, "AGNO_TELEMETRY"),
+        large_data=read_truth(values, "LARGE_DATA"),
+        data_folder=read_path("COURSE_DATA", values.get("COURSE_DATA", "") or "data/local"),
     )
+
+
+def read_values(environment: Mapping[str, str] | None = None, env_file: Path | None = None) -> dict[str, str]:
+    """The variables of the environment and of `.env`, stripped; arguments and errors as above."""
+    try:
+        # The encoding without the mark that Windows editors put before the first variable.
+        found = dotenv_values(env_file or ROOT / ".env", encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env cannot be read ({error.__class__.__name__}); save it as UTF-8 text.") from None
+    from_file = {k: v for k, v in found.items() if v is not None}
+    return {k: v.strip() for k, v in {**from_file, **(os.environ if environment is None else environment)}.items()}
 
 
 def _check_url(name: str, value: str) -> None:
@@ -152,7 +157,7 @@ def _check_url(name: str, value: str) -> None:
         raise SettingsError(f"{name} holds a user or password, which would be shown; put it into {better} instead.")
 
 
-def _path(name: str, value: str) -> Path:
+def read_path(name: str, value: str) -> Path:
     """A path as seen from the repository's folder, so that notebooks and the command line mean the same one."""
     try:
         return (ROOT / os.path.expanduser(value)).resolve()
@@ -160,7 +165,8 @@ def _path(name: str, value: str) -> Path:
         raise SettingsError(f"{name} is {value!r}, which is not a path.") from None
 
 
-def _truth(values: Mapping[str, str], name: str) -> bool:
+def read_truth(values: Mapping[str, str], name: str) -> bool:
+    """Whether a variable says yes; no by default."""
     value = values.get(name, "").lower()
     if value not in ("", "0", "1", "true", "false", "yes", "no", "on", "off"):
         raise SettingsError(f"{name} is '{value}'; set it to true or false.")

@@ -43,22 +43,27 @@ class OfflineServer:
         self.process.stop()
 
 
-def start(log_file: Path | None = None) -> OfflineServer:
-    """Start an offline server on a free port of 127.0.0.1 and wait until it answers.
+def start(log_file: Path | None = None, port: int = 0, api_key: str = "") -> OfflineServer:
+    """Start an offline server on 127.0.0.1 and wait until it answers.
 
     It ends with `process.stop()`, at the end of this process, and within a second also if this process is killed.
-    Without a `log_file` the log goes to the system's folder for temporary files.
+
+    Args:
+        log_file: by default in the system's folder for temporary files.
+        port: to listen on; a free one by default.
+        api_key: that clients must name; by default one is made. With both, a server takes the place of one that ended.
 
     Raises:
         ServerError: it did not come up; the message ends with its log.
     """
-    api_key = secrets.token_urlsafe(24)
+    api_key = api_key or secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory(prefix="offline-server-") as folder:
         port_file = Path(folder) / "port"
         log = log_file or Path(tempfile.gettempdir()) / f"offline-server-{secrets.token_hex(4)}.log"
         process = ServerProcess(
             "offline model server",
-            [sys.executable, "-m", "utils.offline", "--owner", owner_mark(), "--port-file", str(port_file)],
+            [sys.executable, "-m", "utils.offline", "--owner", owner_mark()]
+            + ["--port", str(port), "--port-file", str(port_file)],
             log,
             {"OFFLINE_API_KEY": api_key},
         )

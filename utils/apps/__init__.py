@@ -1,0 +1,1 @@
+"""The deployable services: what the notebooks show and the compose files run."""

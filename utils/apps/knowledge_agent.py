@@ -1,0 +1,156 @@
+"""The knowledge assistant as a service: one agent that searches uploaded documents before it answers.
+
+    python3 -m utils serve                      in the foreground, after setting everything up
+    python -m utils.apps.knowledge_agent        the same where the packages are installed, such as in a container
+
+Settings are environment variables: utils/hosting/config.py lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from agno.agent import Agent
+from agno.knowledge.chunking.recursive import RecursiveChunking
+from agno.knowledge.content import Content
+from agno.knowledge.knowledge import Knowledge
+from agno.knowledge.reader.base import Reader
+from agno.knowledge.reader.csv_reader import CSVReader
+from agno.knowledge.reader.markdown_reader import MarkdownReader
+from agno.knowledge.reader.pdf_reader import PDFReader
+from agno.knowledge.reader.text_reader import TextReader
+from agno.vectordb.search import SearchType
+from fastapi import FastAPI
+
+from utils import models
+from utils.errors import CourseError
+from utils.hosting import (
+    ServiceConfig,
+    configure_logs,
+    create_service,
+    find_models,
+    load_config,
+    log,
+    log_ids,
+    open_database,
+    require_knowledge,
+    run_service,
+)
+from utils.knowledge import SectionChunking
+from utils.milvus_store import MilvusStoreError, NotSupported, ReliableMilvus
+
+NAME = "knowledge-agent"
+AGENT = "knowledge-assistant"
+INSTRUCTIONS = [
+    "You are a knowledge base assistant.",
+    "Always search the knowledge base before you answer, and answer only from what the search returns.",
+    "After each statement name the document it comes from in square brackets, like [handbook.md].",
+    "If the documents do not answer the question, say so; if there are none yet, ask the user to upload some.",
+]
+CHUNK = 1500  # characters
+
+
+class ServiceError(CourseError):
+    """The service cannot start."""
+
+
+class Uploads(Knowledge):
+    """Agno's Knowledge, for documents that people upload again.
+
+    Agno 3.1.10 loads an upload with `skip_if_exists`: a changed text under the same name is "completed", and the old
+    text stays. Here it replaces the old one. Agno also cuts Markdown every 5,000 characters; here at its headings.
+    """
+
+    async def _aload_content(
+        self, content: Content, upsert: bool, skip_if_exists: bool, *args: Any, **options: Any
+    ) -> None:
+        await super()._aload_content(content, True, False, *args, **options)
+        log.info(
+            "document",
+            content_id=content.id,
+            name=content.name,
+            user_id=content.user_id,
+            status=content.status.value if content.status else None,
+            error=content.status_message,
+        )
+
+    def _select_reader(self, extension: str) -> Reader:
+        if extension == ".md":
+            return MarkdownReader(chunking_strategy=SectionChunking())
+        if extension == ".pdf":
+            return PDFReader(chunking_strategy=RecursiveChunking(CHUNK))
+        if extension == ".csv":
+            return CSVReader()  # a chunk for each row
+        return TextReader(chunking_strategy=RecursiveChunking(CHUNK))
+
+
+def open_store(config: ServiceConfig, endpoints: models.Models) -> ReliableMilvus:
+    """The service's collection, made if it is not there: for words (BM25) and vectors; before Milvus 2.5 for vectors.
+
+    Raises:
+        ServiceError: Milvus cannot be used; the sentence says what to do.
+    """
+
+    def opened(search_type: SearchType) -> ReliableMilvus:
+        store = ReliableMilvus(
+            config.collection,
+            uri=config.milvus_uri,
+            token=config.settings.milvus_token,
+            embedder=models.embedder(endpoints),
+            search_type=search_type,
+            timeout=10,
+        )
+        store.create()
+        return store
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            return opened(SearchType.hybrid)
+        except NotSupported:
+            return opened(SearchType.vector)
+    except MilvusStoreError as error:
+        raise ServiceError(f"Milvus cannot be used: {error}") from None
+
+
+def create_app() -> FastAPI:
+    """The service, with everything it needs opened and checked.
+
+    Raises:
+        CourseError: a setting is wrong, or the model, Milvus or the database cannot be used.
+    """
+    config = load_config(NAME)
+    configure_logs(config.log_level)
+    endpoints = find_models(config)
+    database = open_database(config, NAME)
+    knowledge = Uploads(name=NAME, vector_db=open_store(config, endpoints), contents_db=database)
+    agent = Agent(
+        id=AGENT,
+        name="Knowledge Assistant",
+        model=models.chat_model(endpoints, timeout=config.model_timeout),
+        instructions=INSTRUCTIONS,
+        knowledge=knowledge,
+        search_knowledge=True,
+        db=database,
+        add_history_to_context=True,
+        num_history_runs=3,
+        pre_hooks=[log_ids],
+        post_hooks=[require_knowledge],
+        markdown=True,
+        telemetry=config.settings.telemetry,
+    )
+    return create_service(NAME, config, endpoints, database, knowledge, agents=[agent])
+
+
+def main() -> int:
+    """Serve in the foreground; return the exit code."""
+    try:
+        return run_service("utils.apps.knowledge_agent:create_app", load_config(NAME))
+    except CourseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""What a service needs around AgentOS: settings, logs, limits, honest status codes, readiness, and an orderly end.
+
+An app in utils/apps makes its agents and hands them to `create_service()`; `run_service()` is its process.
+"""
+
+from utils.hosting.config import ServiceConfig, load_config
+from utils.hosting.database import open_database
+from utils.hosting.logs import configure_logs, log
+from utils.hosting.runs import log_ids, require_knowledge
+from utils.hosting.server import find_models, run_service
+from utils.hosting.service import create_service
+
+__all__ = [
+    "ServiceConfig",
+    "configure_logs",
+    "create_service",
+    "find_models",
+    "load_config",
+    "log",
+    "log_ids",
+    "open_database",
+    "require_knowledge",
+    "run_service",
+]

@@ -1,0 +1,130 @@
+"""Runs as clients and operators need them: a failed one has a failing status, and each leaves a line in the log."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+from agno.exceptions import OutputCheckError
+from agno.run import RunContext
+from agno.run.agent import RunOutput
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from utils.hosting.logs import log, set_ids
+
+RUNS = re.compile(r"/(agents|teams|workflows)/([^/]+)/runs(?:/[^/]+/continue)?/?")
+# Agno tells the model, and nobody else, that a search failed: the text of the tool's result begins like this.
+SEARCH_ERROR = "Error searching knowledge base"
+# How the events of a stream's own run begin; those of a team's members, for instance, have another prefix.
+_EVENTS = {"agent": "Run", "team": "TeamRun", "workflow": "Workflow"}
+_STATUS = {"Completed": "COMPLETED", "Error": "ERROR", "Cancelled": "CANCELLED", "Paused": "PAUSED"}
+
+
+def log_ids(run_context: RunContext) -> None:
+    """A pre hook: every log line of the run carries its ids."""
+    set_ids(run_id=run_context.run_id, session_id=run_context.session_id, user_id=run_context.user_id)
+
+
+def require_knowledge(run_output: RunOutput) -> None:
+    """A post hook: a run whose search of the knowledge base failed has failed, whatever the model made of it.
+
+    Raises:
+        OutputCheckError: a search failed.
+    """
+    for tool in run_output.tools or []:
+        if str(tool.result).startswith(SEARCH_ERROR):
+            run_output.content = f"The knowledge base could not be searched. {tool.result}"
+            raise OutputCheckError(run_output.content)
+
+
+class RunStatusCodes:
+    """ASGI middleware: a run that failed answers 502, or 503 if the knowledge base failed, where Agno answers 200.
+
+    The body stays Agno's: the run with `status`, `content` (what went wrong) and `run_id`. A stream has begun with 200
+    before its run can fail; its last event is RunError. A background run is polled, and says it in `status`. Every run
+    is logged with its ids, status, seconds and tokens.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = RUNS.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        watch = _Watch(send, {"kind": found[1].rstrip("s"), "component_id": found[2]})
+        try:
+            await self._app(scope, receive, watch.send)
+        finally:
+            watch.write_log()
+
+
+class _Watch:
+    """What one run answers, on its way to the client."""
+
+    def __init__(self, send: Send, names: dict[str, str]) -> None:
+        self._send = send
+        self._names = names
+        self._started = time.perf_counter()
+        self._start: Message = {}
+        self._body = b""
+        self._run: dict[str, Any] = {}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            if not self._is_json():
+                await self._send(message)
+        elif not self._is_json():
+            self._note_event(message.get("body", b""))
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._finish_json()
+
+    def _is_json(self) -> bool:
+        return dict(self._start["headers"]).get(b"content-type", b"").startswith(b"application/json")
+
+    async def _finish_json(self) -> None:
+        try:
+            run = json.loads(self._body)
+        except ValueError:
+            run = None
+        self._run = run if isinstance(run, dict) else {}
+        if self._start["status"] == 200 and self._run.get("status") == "ERROR":
+            searches = [tool.get("result") for tool in self._run.get("tools") or []]
+            self._start["status"] = 503 if any(str(text).startswith(SEARCH_ERROR) for text in searches) else 502
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": self._body})
+
+    def _note_event(self, chunk: bytes) -> None:
+        """Keep the ids from a stream's first event, and what its last one says. Agno sends one event at a time."""
+        name, _, rest = chunk.partition(b"\n")
+        if not name.startswith(b"event: ") or "status" in self._run:
+            return  # after a cancelled run Agno sends RunCompleted too; the first of the two is right
+        status = _STATUS.get(name[7:].decode().removeprefix(_EVENTS[self._names["kind"]]))
+        if status or not self._run:
+            self._run = json.loads(rest.partition(b"data: ")[2])
+            if status:
+                self._run["status"] = status
+
+    def write_log(self) -> None:
+        """One line for the run, however it ended; without a status if it was refused or the client went away."""
+        run = self._run
+        metrics = run.get("metrics") or {}
+        failed = run.get("status") == "ERROR"
+        (log.error if failed else log.info)(
+            "run",
+            **self._names,
+            **{name: run[name] for name in ("run_id", "session_id", "user_id") if run.get(name)},
+            status=run.get("status"),
+            http_status=self._start.get("status"),
+            seconds=round(time.perf_counter() - self._started, 3),
+            input_tokens=metrics.get("input_tokens"),
+            output_tokens=metrics.get("output_tokens"),
+            **({"error": str(run.get("content"))[:500]} if failed else {}),
+        )

@@ -1,0 +1,90 @@
+"""AgentOS with what surrounds it, as one app."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agno.agent import Agent
+from agno.db.postgres import PostgresDb
+from agno.db.sqlite import SqliteDb
+from agno.knowledge.knowledge import Knowledge
+from agno.os import AgentOS
+from agno.os.authz import Authorization
+from agno.os.config import AuthorizationConfig
+from agno.os.settings import AgnoAPISettings
+from agno.team import Team
+from agno.workflow import Workflow
+from fastapi import FastAPI
+
+from utils.hosting import logs
+from utils.hosting.config import ServiceConfig
+from utils.hosting.limits import RequestLimits
+from utils.hosting.readiness import database_probe, milvus_probe, model_probe, readiness_router
+from utils.hosting.runs import RunStatusCodes
+from utils.models import Models
+
+PUBLIC = ["/ready"]  # besides Agno's own: /, /health, /info and the description of the API
+
+
+def create_service(
+    name: str,
+    config: ServiceConfig,
+    models: Models,
+    database: SqliteDb | PostgresDb,
+    knowledge: Knowledge,
+    agents: Sequence[Agent] = (),
+    teams: Sequence[Team] = (),
+    workflows: Sequence[Workflow] = (),
+) -> FastAPI:
+    """Serve agents, teams and workflows that share one knowledge base.
+
+    Args:
+        name: the AgentOS's id, which is also the audience (`aud`) that a token must name.
+        config: the service's settings.
+        models: the endpoints, for /ready.
+        database: of sessions, memories and document states.
+        knowledge: the knowledge base, with a vector store.
+        agents, teams, workflows: what is served.
+    """
+    app = FastAPI(title=name, version="1.0.0")
+    app.add_middleware(RequestLimits, limit=config.upload_limit, types=config.upload_types)
+    app.add_middleware(RunStatusCodes)
+    assert knowledge.vector_db is not None
+    app.include_router(
+        readiness_router(
+            {
+                "database": database_probe(database.db_engine),
+                "milvus": milvus_probe(knowledge.vector_db),
+                "model": model_probe(models),
+            }
+        )
+    )
+    jwt = (
+        Authorization(
+            verification_keys=[config.jwt_key],
+            algorithm=config.jwt_algorithm,
+            verify_audience=True,
+            excluded_route_paths=PUBLIC,
+        )
+        if config.auth == "jwt"
+        else False
+    )
+    agent_os = AgentOS(
+        id=name,
+        name=name,
+        agents=[*agents],
+        teams=[*teams],
+        workflows=[*workflows],
+        knowledge=[knowledge],
+        db=database,
+        authorization=jwt,
+        authorization_config=AuthorizationConfig(excluded_route_paths=PUBLIC) if config.auth == "key" else None,
+        user_isolation=bool(jwt),
+        settings=AgnoAPISettings(os_security_key=config.security_key or None),
+        cors_allowed_origins=[*config.cors_origins] or None,
+        base_app=app,
+        telemetry=config.settings.telemetry,
+    )
+    served = agent_os.get_app()
+    served.add_middleware(logs.AccessLog)
+    return served

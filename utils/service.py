@@ -1,0 +1,126 @@
+"""An app of utils/apps as a process of this machine: `service()` starts it, waits until it is ready, and ends it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from utils.lesson import show_path
+from utils.milvus_lab.lab import free_ports
+from utils.processes import ServerError, ServerProcess, owner_mark
+
+START_SECONDS = 60.0
+STOP_SECONDS = 35.0  # a little more than the app gives its running requests
+
+
+class Service:
+    """A running service.
+
+    Attributes:
+        url: where it answers, such as http://127.0.0.1:7777.
+        folder: its SQLite and Milvus Lite files, if it uses them, and its log.
+        log_file: one JSON object a line.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str], port: int | None, module: str) -> None:
+        self.folder = folder.resolve()
+        self.log_file = self.folder / "service.log"
+        self._module = module
+        self._environment = {"SERVICE_FOLDER": str(self.folder), **environment}
+        self._port = port or free_ports(1)[0]
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._process: ServerProcess | None = None
+
+    @property
+    def process(self) -> ServerProcess:
+        """Its process; after `restart()` another one."""
+        assert self._process is not None
+        return self._process
+
+    def start(self) -> float:
+        """Start it and wait until it says that it is ready; return the seconds this took.
+
+        Raises:
+            ServerError: it did not start; the message is its own, or ends with its log.
+        """
+        started = time.monotonic()
+        own = {"SERVICE_PORT": str(self._port), "SERVICE_HOST": "127.0.0.1", "SERVICE_OWNER": owner_mark()}
+        process = ServerProcess(
+            "service",
+            [sys.executable, "-m", self._module],
+            self.log_file,
+            {**self._environment, **own},
+            patience=STOP_SECONDS,
+            append=self._process is not None,
+        )
+        self._process = process
+        try:
+            process.wait_until(lambda: self._is_ready(process), START_SECONDS)
+        except ServerError:
+            if process.exit_code == 1:  # it said why, in one sentence
+                reason = process.log_tail(1).removeprefix("error: ")
+                raise ServerError(f"The service did not start: {reason}") from None
+            raise
+        return time.monotonic() - started
+
+    def stop(self) -> None:
+        """Ask it to end, and wait until the requests that run are done."""
+        if self._process is not None:
+            self._process.stop()
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.process.kill()
+
+    def restart(self) -> float:
+        """Start it again at the same address with the same data, running or killed; return the seconds this took.
+
+        Raises:
+            ServerError: as for `start()`.
+        """
+        self.stop()
+        return self.start()
+
+    def _is_ready(self, process: ServerProcess) -> bool:
+        if not process.running:
+            return False
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+@contextmanager
+def service(
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    module: str = "utils.apps.knowledge_agent",
+    progress: bool = True,
+) -> Iterator[Service]:
+    """Run a service while the block lasts.
+
+    Args:
+        folder: for its data and its log; made if needed.
+        environment: settings of the service (utils/hosting/config.py lists them) over those of this process.
+        port: to listen on; a free one by default.
+        module: the app.
+        progress: print where it answers.
+
+    Raises:
+        ServerError: it did not start.
+    """
+    running = Service(folder, environment or {}, port, module)
+    try:
+        seconds = running.start()
+        if progress:
+            print(f"service: ready at {running.url} after {seconds:.1f} s, log in {show_path(running.log_file)}")
+        yield running
+    finally:
+        running.stop()
