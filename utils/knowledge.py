@@ -126,8 +126,9 @@ class SectionChunking(ChunkingStrategy):
     """
 
     def chunk(self, document: Document) -> list[Document]:
-        """Split at `## ` headings; text before the first one is a chunk of its own."""
-        title, _, rest = document.content.lstrip("# ").partition("\n")
+        """Split at `## ` headings; text before the first one is a chunk of its own. Front matter is left out."""
+        text = re.sub(r"\A---\n.*?\n---\n", "", document.content, flags=re.DOTALL)
+        title, _, rest = text.lstrip("# \n").partition("\n")
         chunks = []
         for number, section in enumerate(re.split(r"\n(?=## )", f"\n{rest}"), 1):
             heading, _, body = section.strip().partition("\n") if section.startswith("## ") else ("", "", section)

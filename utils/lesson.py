@@ -122,12 +122,13 @@ def show_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if inside else f".../{path.parent.name}/{path.name}"
 
 
-def show_setup(folder: Path, always_lite: bool = False) -> None:
+def show_setup(folder: Path, always_lite: bool = False, own_milvus: bool = False) -> None:
     """Print the banner: which model, which embedder and which Milvus answer in this notebook.
 
     Args:
         folder: the notebook's `workspace`.
         always_lite: the notebook uses Milvus Lite even if MILVUS_URI names a server.
+        own_milvus: the notebook starts a Milvus of its own.
 
     Raises:
         CourseError: one of them does not answer; the sentence says what to do.
@@ -136,8 +137,11 @@ def show_setup(folder: Path, always_lite: bool = False) -> None:
     found = models.connect(settings)
     print(f"model     {found.chat}")
     print(f"embedder  {found.embedding}, {found.dimensions} dimensions")
-    print(f"milvus    {describe_milvus(folder, replace(settings, milvus_uri='') if always_lite else settings)}")
-    if always_lite and settings.milvus_uri:
+    if own_milvus:
+        print("milvus    a server of its own, which a cell below starts")
+    else:
+        print(f"milvus    {describe_milvus(folder, replace(settings, milvus_uri='') if always_lite else settings)}")
+    if (always_lite or own_milvus) and settings.milvus_uri:
         print("          This notebook does not use MILVUS_URI; `ask` and other notebooks do.")
     if found.chat.provider == "offline":
         print(f"          The offline model is {models.EXTRACTIVE}.")

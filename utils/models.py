@@ -191,7 +191,7 @@ def _connect(settings: Settings) -> Models:
 
 @cache
 def _offline_server() -> offline.OfflineServer:
-    return offline.start()
+    return offline.start(tokens_per_second=load_settings().offline_tokens_per_second)
 
 
 def _offline_endpoint(model_id: str) -> Endpoint:

@@ -6,6 +6,7 @@
     OPENAI_BASE_URL   URL of an OpenAI-compatible server, ending in /v1
     MODEL_ID          chat model (default: openai: gpt-5.4-mini; compatible: the only model that the server lists)
     EMBEDDING_ID      embedding model (default: openai: text-embedding-3-small; compatible: the offline embedder)
+    OFFLINE_TOKENS_PER_SECOND  slows the offline model down to the pace of another one (default: 0, at once)
     MILVUS_URI        http://host:19530 of a server, or a path ending in .db for Milvus Lite (default: Milvus Lite in
                       the notebook's own folder)
     MILVUS_TOKEN      user:password or API key of that server
@@ -51,6 +52,7 @@ class Settings:
         embedding_id: embedding model; "" means the offline embedder.
         milvus_uri: server URI or Lite path; "" means Lite in the notebook's own folder.
         milvus_token: credentials for the server; "" for none.
+        offline_tokens_per_second: pace of the offline model; 0 for at once.
         telemetry: whether Agno may report runs.
         large_data: whether notebooks use their large data sets.
         data_folder: where notebooks write.
@@ -63,6 +65,7 @@ class Settings:
     embedding_id: str = ""
     milvus_uri: str = ""
     milvus_token: str = field(default="", repr=False)
+    offline_tokens_per_second: int = 0
     telemetry: bool = False
     large_data: bool = False
     data_folder: Path = ROOT / "data" / "local"
@@ -121,6 +124,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
         embedding_id=chosen.get("EMBEDDING_ID") or (OPENAI_EMBEDDING if openai else ""),
         milvus_uri=uri,
         milvus_token=values.get("MILVUS_TOKEN", ""),
+        offline_tokens_per_second=read_number(values, "OFFLINE_TOKENS_PER_SECOND", 0, 0, 100_000),
         telemetry=read_truth(values, "AGNO_TELEMETRY"),
         large_data=read_truth(values, "LARGE_DATA"),
         data_folder=read_path("COURSE_DATA", values.get("COURSE_DATA", "") or "data/local"),
@@ -163,6 +167,15 @@ def read_path(name: str, value: str) -> Path:
         return (ROOT / os.path.expanduser(value)).resolve()
     except (OSError, ValueError, RuntimeError):
         raise SettingsError(f"{name} is {value!r}, which is not a path.") from None
+
+
+def read_number(values: Mapping[str, str], name: str, default: int, lowest: int, highest: int) -> int:
+    """A variable as a whole number between two bounds, which both belong to it."""
+    value = values.get(name, "")
+    number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None if value else default
+    if number is None or not lowest <= number <= highest:
+        raise SettingsError(f"{name} is '{value}'; set it to a whole number from {lowest} to {highest}.")
+    return number
 
 
 def read_truth(values: Mapping[str, str], name: str) -> bool:

@@ -16,7 +16,7 @@ from agno.knowledge.chunking.recursive import RecursiveChunking
 from agno.knowledge.content import Content
 from agno.knowledge.knowledge import Knowledge
 from agno.knowledge.reader.base import Reader
-from agno.knowledge.reader.csv_reader import CSVReader
+from agno.knowledge.reader.field_labeled_csv_reader import FieldLabeledCSVReader
 from agno.knowledge.reader.markdown_reader import MarkdownReader
 from agno.knowledge.reader.pdf_reader import PDFReader
 from agno.knowledge.reader.text_reader import TextReader
@@ -48,7 +48,7 @@ INSTRUCTIONS = [
     "After each statement name the document it comes from in square brackets, like [handbook.md].",
     "If the documents do not answer the question, say so; if there are none yet, ask the user to upload some.",
 ]
-CHUNK = 1500  # characters
+CHUNK = 800  # characters
 
 
 class ServiceError(CourseError):
@@ -81,7 +81,7 @@ class Uploads(Knowledge):
         if extension == ".pdf":
             return PDFReader(chunking_strategy=RecursiveChunking(CHUNK))
         if extension == ".csv":
-            return CSVReader()  # a chunk for each row
+            return FieldLabeledCSVReader()  # a chunk for each row, each value with its column's name
         return TextReader(chunking_strategy=RecursiveChunking(CHUNK))
 
 
@@ -99,7 +99,7 @@ def open_store(config: ServiceConfig, endpoints: models.Models) -> ReliableMilvu
             token=config.settings.milvus_token,
             embedder=models.embedder(endpoints),
             search_type=search_type,
-            timeout=10,
+            timeout=config.milvus_timeout,
         )
         store.create()
         return store

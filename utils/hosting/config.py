@@ -6,6 +6,7 @@
     SERVICE_FOLDER        where SQLite and Milvus Lite are kept, if used (default data/local/<the service's name>)
     DATABASE_URL          postgresql+psycopg://user:password@host:port/name (default: SQLite in the folder)
     MILVUS_COLLECTION     the collection of the knowledge base (default knowledge)
+    MILVUS_TIMEOUT        seconds that one request to Milvus may take, attempts included (default 10)
     OS_SECURITY_KEY       one bearer key for every route, for a back end that is trusted with all users
     JWT_VERIFICATION_KEY  checks signed tokens: one per user, with scopes, each user sees only what is theirs
     JWT_ALGORITHM         of these tokens (default HS256)
@@ -31,7 +32,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from utils.settings import Settings, SettingsError, load_settings, read_path, read_truth, read_values
+from utils.settings import Settings, SettingsError, load_settings, read_number, read_path, read_truth, read_values
 
 READABLE_TYPES = ("md", "txt", "pdf", "csv")
 ALGORITHMS = ("HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "EdDSA")
@@ -49,6 +50,7 @@ class ServiceConfig:
     workers: int = 1
     database_url: str = field(default="", repr=False)
     collection: str = "knowledge"
+    milvus_timeout: int = 10
     security_key: str = field(default="", repr=False)
     jwt_key: str = field(default="", repr=False)
     jwt_algorithm: str = "HS256"
@@ -94,18 +96,19 @@ def load_config(name: str, environment: Mapping[str, str] | None = None, env_fil
         settings=settings,
         folder=read_path("SERVICE_FOLDER", values.get("SERVICE_FOLDER") or str(settings.data_folder / name)),
         host=values.get("SERVICE_HOST") or "127.0.0.1",
-        port=_number(values, "SERVICE_PORT", 7777, 1, 65535),
-        workers=_number(values, "SERVICE_WORKERS", 1, 1, 64),
+        port=read_number(values, "SERVICE_PORT", 7777, 1, 65535),
+        workers=read_number(values, "SERVICE_WORKERS", 1, 1, 64),
         database_url=_database_url(values.get("DATABASE_URL", "")),
         collection=values.get("MILVUS_COLLECTION") or "knowledge",
+        milvus_timeout=read_number(values, "MILVUS_TIMEOUT", 10, 1, 600),
         security_key=values.get("OS_SECURITY_KEY", ""),
         jwt_key=values.get("JWT_VERIFICATION_KEY", "").replace("\\n", "\n"),  # a PEM key that was put on one line
         jwt_algorithm=values.get("JWT_ALGORITHM") or "HS256",
         cors_origins=_origins(values.get("CORS_ORIGINS", "")),
-        upload_limit=_number(values, "UPLOAD_LIMIT_MB", 20, 1, 1000) * 2**20,
+        upload_limit=read_number(values, "UPLOAD_LIMIT_MB", 20, 1, 1000) * 2**20,
         upload_types=_types(values.get("UPLOAD_TYPES", "")),
-        model_timeout=_number(values, "MODEL_TIMEOUT", 60, 1, 3600),
-        shutdown_seconds=_number(values, "SHUTDOWN_SECONDS", 30, 0, 3600),
+        model_timeout=read_number(values, "MODEL_TIMEOUT", 60, 1, 3600),
+        shutdown_seconds=read_number(values, "SHUTDOWN_SECONDS", 30, 0, 3600),
         log_level=(values.get("LOG_LEVEL") or "INFO").upper(),
     )
     _check(config, anonymous=read_truth(values, "ALLOW_ANONYMOUS"))
@@ -149,14 +152,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _number(values: Mapping[str, str], name: str, default: int, lowest: int, highest: int) -> int:
-    value = values.get(name, "")
-    number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None if value else default
-    if number is None or not lowest <= number <= highest:
-        raise SettingsError(f"{name} is '{value}'; set it to a whole number from {lowest} to {highest}.")
-    return number
 
 
 def _database_url(value: str) -> str:

@@ -55,7 +55,7 @@ def configure_logs(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    for name in ("agno", "agno-team", "agno-workflow", "uvicorn", "uvicorn.error"):
+    for name in (*logging.root.manager.loggerDict, "uvicorn"):  # Agno and pymilvus bring handlers of their own
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True

@@ -43,7 +43,7 @@ class OfflineServer:
         self.process.stop()
 
 
-def start(log_file: Path | None = None, port: int = 0, api_key: str = "") -> OfflineServer:
+def start(log_file: Path | None = None, port: int = 0, api_key: str = "", tokens_per_second: int = 0) -> OfflineServer:
     """Start an offline server on 127.0.0.1 and wait until it answers.
 
     It ends with `process.stop()`, at the end of this process, and within a second also if this process is killed.
@@ -52,6 +52,8 @@ def start(log_file: Path | None = None, port: int = 0, api_key: str = "") -> Off
         log_file: by default in the system's folder for temporary files.
         port: to listen on; a free one by default.
         api_key: that clients must name; by default one is made. With both, a server takes the place of one that ended.
+
+        tokens_per_second: how fast it answers; 0 for at once.
 
     Raises:
         ServerError: it did not come up; the message ends with its log.
@@ -63,7 +65,7 @@ def start(log_file: Path | None = None, port: int = 0, api_key: str = "") -> Off
         process = ServerProcess(
             "offline model server",
             [sys.executable, "-m", "utils.offline", "--owner", owner_mark()]
-            + ["--port", str(port), "--port-file", str(port_file)],
+            + ["--port", str(port), "--tokens-per-second", str(tokens_per_second), "--port-file", str(port_file)],
             log,
             {"OFFLINE_API_KEY": api_key},
         )

@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.offline")
     parser.add_argument("--owner", required=True)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--tokens-per-second", type=int, default=0, help="0 answers at once")
     parser.add_argument("--port-file", required=True, type=Path)
     arguments = parser.parse_args()
     # The protocol is named because asyncio switches Nagle's algorithm off (40 ms an answer) only on sockets that name
@@ -28,7 +29,11 @@ def main() -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", arguments.port))
     server = uvicorn.Server(
-        uvicorn.Config(create_app(os.environ["OFFLINE_API_KEY"]), log_level="warning", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            create_app(os.environ["OFFLINE_API_KEY"], arguments.tokens_per_second),
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
     )
 
     def stop() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -35,8 +36,19 @@ MODELS = (CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL)
 _CREATED = 1_767_225_600
 
 
-def create_app(api_key: str) -> Starlette:
-    """The application; every route but /health asks for `Authorization: Bearer <api_key>`."""
+def create_app(api_key: str, tokens_per_second: int = 0) -> Starlette:
+    """The application.
+
+    Args:
+        api_key: every route but /health asks for `Authorization: Bearer <api_key>`.
+        tokens_per_second: how fast answers are given out, as a model that thinks would; 0 for at once.
+    """
+
+    async def paced(completion: Completion, usage: bool) -> AsyncIterator[str]:
+        for event in _events(completion, usage):
+            yield event
+            if tokens_per_second:
+                await asyncio.sleep(1 / tokens_per_second)
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -60,7 +72,9 @@ def create_app(api_key: str) -> Starlette:
         completion = await run_in_threadpool(complete, asked)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(_events(completion, usage), media_type="text/event-stream")
+            return StreamingResponse(paced(completion, usage), media_type="text/event-stream")
+        if tokens_per_second:
+            await asyncio.sleep(completion.completion_tokens / tokens_per_second)
         return JSONResponse(_chat_body(completion))
 
     async def embeddings(request: Request) -> Response:
