@@ -1,6 +1,7 @@
-"""The files to run Milvus in production: valid, pinned, closed by default, and in step with the pinned pymilvus.
+"""The files to run the service and Milvus in production: valid, pinned, closed by default, and in step with the code.
 
-The containers and the chart are not started here. Compose itself reads the file where it is installed.
+The containers and the chart are not started here. Compose itself reads the files where it is installed, and the
+commands of the Dockerfile run in an environment of their own.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ import json
 import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
+import sys
+import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import jsonschema_rs
+import psycopg
 import pytest
 import yaml
+from sqlalchemy.engine import make_url
 
-from utils.bootstrap import ROOT
+from utils.bootstrap import ROOT, check_python
+from utils.hosting import config as hosting_config
+from utils.hosting.config import load_config
+from utils.postgres import postgres
+
+if TYPE_CHECKING:
+    from utils.milvus_lab.lite import LiteServer
 
 DEPLOY = ROOT / "utils" / "deploy"
 STANDALONE = DEPLOY / "milvus-standalone"
@@ -69,7 +83,7 @@ def compose_command() -> list[str] | None:
         plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30)
         if plugin.returncode == 0:
             return ["docker", "compose"]
-    program = shutil.which("docker-compose")
+    program = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     return [program] if program else None
 
 
@@ -271,3 +285,335 @@ def test_the_readme_names_these_versions_and_files() -> None:
         assert (DISTRIBUTED / name).is_file(), name
     for path in (STANDALONE / "compose.yaml", STANDALONE / "env.example", *DISTRIBUTED.iterdir()):
         assert f"`{path.relative_to(DEPLOY).as_posix()}`" in README
+
+
+# The service: utils/deploy/knowledge-agent
+
+AGENT = DEPLOY / "knowledge-agent"
+SERVICE_VARIABLE = re.compile(r"\$\{(\w+):([-?])([^{}]*)\}")
+SERVICE_COMPOSE = {name: (AGENT / name).read_text(encoding="utf-8") for name in ("compose.yaml", "milvus.yaml")}
+PASSWORDS = {"POSTGRES_PASSWORD", "MILVUS_ROOT_PASSWORD", "MINIO_PASSWORD"}
+KEYS = {
+    **dict.fromkeys(PASSWORDS, "secret-of-mine"),
+    "OPENAI_API_KEY": "sk-mine",
+    "OS_SECURITY_KEY": "key-of-mine-0123",
+}
+# What compose.yaml does not offer: each has one right value in a container.
+FIXED = {"SERVICE_HOST", "SERVICE_PORT", "SERVICE_FOLDER", "DATABASE_URL", "SHUTDOWN_SECONDS", "ALLOW_ANONYMOUS"}
+
+
+class ComposeLoader(yaml.SafeLoader):
+    """Reads Compose's own tag, which empties what an earlier file says."""
+
+
+ComposeLoader.add_constructor("!reset", lambda loader, node: [])
+
+
+def service_file(name: str = "compose.yaml") -> dict[str, Any]:
+    """The file with the variables replaced by their defaults, or by their own name if they have none."""
+    text = SERVICE_VARIABLE.sub(lambda found: found[3] if found[2] == "-" else found[1], SERVICE_COMPOSE[name])
+    return yaml.load(text, ComposeLoader)
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions, such as ("USER", "10001"), with continued lines joined."""
+    lines = [
+        line for line in (AGENT / "Dockerfile").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def instruction(name: str) -> str:
+    found = [rest for word, rest in instructions() if word == name]
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
+
+
+def image_environment() -> dict[str, str]:
+    return dict(part.split("=", 1) for part in instruction("ENV").split())
+
+
+def copies() -> list[tuple[list[str], str]]:
+    """(sources, target) of each COPY."""
+    return [(rest.split()[:-1], rest.split()[-1]) for word, rest in instructions() if word == "COPY"]
+
+
+def run_compose(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`config` of Compose 2 for the service, with a `.env` of these variables; skips where there is none."""
+    command = compose_command()
+    version = subprocess.run([*command, "version", "--short"], capture_output=True, text=True).stdout if command else ""
+    found = re.match(r"v?(\d+)\.(\d+)", version)
+    if not command or not found or (int(found[1]), int(found[2])) < (2, 25):
+        pytest.skip("Docker Compose 2.25 or later is not installed")
+    # In a copy: a developer's own .env beside the file must not play a part.
+    for part in (AGENT, STANDALONE):
+        shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns(".env"))
+    (folder / AGENT.name / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    own = {name for text in (COMPOSE, *SERVICE_COMPOSE.values()) for name in re.findall(r"\$\{(\w+)", text)}
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    command = [*command, "--project-directory", str(folder / AGENT.name), "config"]
+    return subprocess.run(command, cwd=folder / AGENT.name, env=inherited, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", SERVICE_COMPOSE)
+def test_the_service_follows_the_compose_specification(name: str) -> None:
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text("utf-8"))
+    validator = jsonschema_rs.validator_for(schema)
+    assert [error.message for error in validator.iter_errors(service_file(name))] == []
+
+
+def test_every_variable_of_the_service_is_in_its_env_example_with_the_same_default() -> None:
+    text = "".join(SERVICE_COMPOSE.values())
+    variables = SERVICE_VARIABLE.findall(text)
+    assert text.count("${") == len(variables), "a variable in another form than ${NAME:-default} or ${NAME:?sentence}"
+    found = {name: default if kind == "-" else "" for name, kind, default in variables}
+    example = (AGENT / "env.example").read_text(encoding="utf-8")
+    assert dict(re.findall(r"(?m)^# ([A-Z_]+)=(.*)$", example)) == found
+    assert re.findall(r"(?m)^[^#\n].*$", example) == [], "a copy changes nothing"
+    for paragraph in example.split("\n\n")[1:]:
+        assert re.fullmatch(r"# [A-Za-z0-9].*\.\n# [A-Z_]+=.*", paragraph.strip())
+
+
+def test_the_defaults_are_those_of_the_service() -> None:
+    defaults = {name: default for name, kind, default in SERVICE_VARIABLE.findall(SERVICE_COMPOSE["compose.yaml"])}
+    variables = {name: value for name, value in defaults.items() if name not in PASSWORDS}
+    kept = ("folder", "settings", "database_url")
+    given = vars(load_config("x", {**variables, "OPENAI_API_KEY": "sk-x"}, Path("no.env")))
+    plain = vars(load_config("x", {}, Path("no.env")))
+    assert {k: v for k, v in given.items() if k not in kept} == {k: v for k, v in plain.items() if k not in kept}
+
+
+def test_every_setting_of_the_service_can_be_set() -> None:
+    documented = set(re.findall(r"(?m)^    ([A-Z][A-Z_]+)  ", hosting_config.__doc__ or ""))
+    offered = set(service_file()["services"]["agent"]["environment"])
+    assert len(documented) > 10 and documented - FIXED <= offered
+
+
+def test_no_password_has_a_default_and_each_is_used_everywhere() -> None:
+    required = {
+        name for text in SERVICE_COMPOSE.values() for name, kind, _ in SERVICE_VARIABLE.findall(text) if kind == "?"
+    }
+    assert required == PASSWORDS
+    environment = {name: service["environment"] for name, service in service_file()["services"].items()}
+    laid_over = {name: service["environment"] for name, service in service_file("milvus.yaml")["services"].items()}
+    assert environment["agent"]["MILVUS_TOKEN"] == "root:MILVUS_ROOT_PASSWORD"
+    assert environment["postgres"]["POSTGRES_PASSWORD"] == "POSTGRES_PASSWORD"
+    url = make_url(environment["agent"]["DATABASE_URL"])
+    assert (url.username, url.password, url.host, url.database) == (
+        environment["postgres"]["POSTGRES_USER"],
+        "POSTGRES_PASSWORD",
+        "postgres",
+        environment["postgres"]["POSTGRES_DB"],
+    )
+    assert laid_over["minio"] == {"MINIO_ROOT_PASSWORD": "MINIO_PASSWORD"}
+    assert laid_over["milvus"] == {
+        "MINIO_SECRET_ACCESS_KEY": "MINIO_PASSWORD",
+        "COMMON_SECURITY_AUTHORIZATIONENABLED": "true",
+        "COMMON_SECURITY_DEFAULTROOTPASSWORD": "MILVUS_ROOT_PASSWORD",
+    }
+    for name, given in laid_over.items():
+        assert given.keys() <= services()[name]["environment"].keys(), "a name that the other file does not use"
+
+
+@pytest.mark.skipif(not shutil.which("bash") or not shutil.which("openssl"), reason="the command is for bash")
+def test_the_command_in_the_readme_makes_the_secrets_once(tmp_path: Path) -> None:
+    found = re.search(r"(?m)^\[ -e \.env \] \|\| .*$", README)
+    assert found
+    shutil.copy(AGENT / "env.example", tmp_path)
+    subprocess.run(["bash", "-c", found[0]], cwd=tmp_path, check=True)
+    env = tmp_path / ".env"
+    made = dict(re.findall(r"(?m)^([A-Z_]+)=(.*)$", env.read_text(encoding="utf-8")))
+    assert made.keys() == PASSWORDS | {"OS_SECURITY_KEY"} and len(set(made.values())) == 4
+    assert all(re.fullmatch("[0-9a-f]{48}", value) for value in made.values())
+    assert stat.S_IMODE(env.stat().st_mode) == 0o600
+    subprocess.run(["bash", "-c", found[0]], cwd=tmp_path, check=True)
+    assert dict(re.findall(r"(?m)^([A-Z_]+)=(.*)$", env.read_text(encoding="utf-8"))) == made
+
+
+@pytest.mark.parametrize("name", service_file()["services"])
+def test_every_container_of_the_service_is_closed_limited_and_restarted(name: str) -> None:
+    service = service_file()["services"][name]
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert {"mem_limit", "cpus", "pids_limit", "stop_grace_period", "tmpfs"} <= set(service)
+    assert service["restart"] == "unless-stopped"
+    assert {"max-size", "max-file"} <= set(service["logging"]["options"])
+    assert not {"privileged", "network_mode", "pid"} & set(service)
+
+
+def test_the_service_alone_is_published_and_only_to_this_machine() -> None:
+    assert {name: service.get("ports") for name, service in service_file()["services"].items()} == {
+        "agent": ["127.0.0.1:7777:7777"],
+        "postgres": None,
+    }
+    assert service_file("milvus.yaml")["services"]["milvus"]["ports"] == []
+    assert service_file()["networks"] == {"database": {"internal": True}}
+    assert service_file()["services"]["postgres"]["networks"] == ["database"]
+
+
+def test_the_service_waits_for_what_it_needs_and_may_finish_its_requests() -> None:
+    agent, postgres = (service_file()["services"][name] for name in ("agent", "postgres"))
+    assert agent["depends_on"] == {name: {"condition": "service_healthy"} for name in ("milvus", "postgres")}
+    assert postgres["healthcheck"]["test"][:2] == ["CMD", "pg_isready"]
+    assert int(agent["stop_grace_period"].removesuffix("s")) >= int(agent["environment"]["SHUTDOWN_SECONDS"]) + 10
+
+
+def test_the_images_of_the_service_are_pinned_to_what_the_course_runs() -> None:
+    python = re.fullmatch(r"python:(3)\.(\d+)\.\d+-slim-[a-z]+", instruction("FROM"))
+    assert python
+    check_python((int(python[1]), int(python[2])))
+    assert re.fullmatch(r"postgres:\d+\.\d+-[a-z]+", service_file()["services"]["postgres"]["image"])
+
+
+def test_the_dockerfile_keeps_the_rules() -> None:
+    words = [word for word, _ in instructions()]
+    assert set(words) <= {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL", "CMD"}
+    uid = int(instruction("USER").split(":")[0])
+    assert uid >= 1000 and words.index("USER") > max(i for i, word in enumerate(words) if word in ("RUN", "COPY"))
+    assert words.index("RUN") < words.index("COPY", words.index("RUN")), "packages before code"
+    assert json.loads(instruction("CMD"))[:2] == ["python", "-m"]
+    options, _, check = instruction("HEALTHCHECK").partition("CMD ")
+    assert "/ready" in json.loads(check)[-1] and {"--interval", "--timeout", "--start-period", "--retries"} <= {
+        option.split("=")[0] for option in options.split()
+    }
+    assert instruction("STOPSIGNAL") == "SIGTERM" and instruction("EXPOSE") == image_environment()["SERVICE_PORT"]
+    assert not [name for name in image_environment() if re.search("KEY|TOKEN|PASSWORD|SECRET", name)]
+    for sources, _ in copies():
+        assert all((ROOT / source).exists() and source.startswith("utils/") for source in sources)
+
+
+def test_docker_sees_what_is_copied_and_nothing_secret() -> None:
+    rules = [line for line in (AGENT / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines() if line]
+    rules = [rule for rule in rules if not rule.startswith("#")]
+    assert rules == ["*", "!utils", "**/__pycache__", "utils/deploy", "!utils/deploy/knowledge-agent/requirements.txt"]
+    below_deploy = [source for sources, _ in copies() for source in sources if source.startswith("utils/deploy/")]
+    assert below_deploy == ["utils/deploy/knowledge-agent/requirements.txt"]
+
+
+def test_the_packages_of_the_image_are_names_with_the_versions_of_the_course() -> None:
+    lines = (AGENT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    direct = re.findall(r"(?m)^([\w.\[\]-]+)==", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    assert sorted(names) == sorted(set(names)) and set(names) <= set(direct)
+
+
+@pytest.mark.parametrize("missing", ["", *sorted(PASSWORDS)])
+def test_compose_itself_reads_the_service(missing: str, tmp_path: Path) -> None:
+    result = run_compose(tmp_path, {name: value for name, value in KEYS.items() if name != missing})
+    if missing:
+        assert result.returncode != 0 and f"required variable {missing} is missing" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    found = yaml.safe_load(result.stdout)
+    assert found["services"].keys() == {"agent", "postgres", "milvus", "etcd", "minio"}
+    published = {
+        name: [(port["host_ip"], port["published"], port["target"]) for port in service.get("ports", [])]
+        for name, service in found["services"].items()
+    }
+    assert {name: ports for name, ports in published.items() if ports} == {"agent": [("127.0.0.1", "7777", 7777)]}
+    milvus = found["services"]["milvus"]["environment"]
+    assert milvus["COMMON_SECURITY_AUTHORIZATIONENABLED"] == "true"
+    assert milvus["MINIO_SECRET_ACCESS_KEY"] == found["services"]["minio"]["environment"]["MINIO_ROOT_PASSWORD"]
+    assert set(found["services"]["agent"]["networks"]) & set(found["services"]["milvus"]["networks"]) == {"clients"}
+    assert set(found["services"]["agent"]["networks"]) & set(found["services"]["postgres"]["networks"]) == {"database"}
+    build = found["services"]["agent"]["build"]
+    assert (Path(build["context"]) / "x").resolve() == (tmp_path / "../../x").resolve(), "three folders up"
+    assert build["dockerfile"] == (AGENT / "Dockerfile").relative_to(ROOT).as_posix()
+
+
+def test_the_caddyfile_in_the_readme_leads_to_the_published_port() -> None:
+    assert re.search(r"```text\nagents\.example\.com\nreverse_proxy 127\.0\.0\.1:7777\n```", README)
+
+
+@pytest.mark.notebook_run  # as long as a notebook: a minute, most of it pip's
+@pytest.mark.skipif(os.name != "posix", reason="the commands are for a shell")
+def test_the_image_installs_starts_answers_and_ends(
+    tmp_path: Path, milvus_lite_server: LiteServer, closed_port: int
+) -> None:
+    """What Docker would do, in a virtual environment: COPY, RUN, CMD, HEALTHCHECK and STOPSIGNAL of the Dockerfile."""
+    app, temporary = tmp_path / "app", tmp_path / "tmp"
+    temporary.mkdir()
+    path = build(app, tmp_path / "venv")
+    jwt_key = "a secret of more than 32 characters"
+    environment = {name: value.replace("/tmp", str(temporary)) for name, value in image_environment().items()}
+    environment |= {"PATH": path, "LANG": "C.UTF-8"}
+    environment |= {
+        name: str(value or "") for name, value in service_file()["services"]["agent"]["environment"].items()
+    }
+    environment |= {"MODEL_PROVIDER": "offline", "MILVUS_URI": milvus_lite_server.uri, "MILVUS_TOKEN": ""}
+    environment |= {"SERVICE_HOST": "127.0.0.1", "SERVICE_PORT": str(closed_port), "JWT_VERIFICATION_KEY": jwt_key}
+    url = f"http://127.0.0.1:{closed_port}"
+    log_file = tmp_path / "service.log"
+    with postgres(tmp_path / "postgres", progress=False) as database, log_file.open("wb") as log:
+        environment["DATABASE_URL"] = database.url
+        with psycopg.connect(database.url.replace("+psycopg", "")) as connection:
+            version = connection.info.server_version // 10000
+        assert service_file()["services"]["postgres"]["image"].startswith(f"postgres:{version}.")
+        started = subprocess.Popen(
+            json.loads(instruction("CMD")), cwd=app, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            check = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
+            end = time.monotonic() + 120
+            while subprocess.run(check, cwd=app, env=environment, capture_output=True).returncode != 0:
+                assert started.poll() is None and time.monotonic() < end, log_file.read_text(encoding="utf-8")
+                time.sleep(0.3)
+            script = re.search(r"(?s)python - <<'END'\n(.*?)END\n", README)
+            assert script
+            token = subprocess.run(
+                ["python", "-c", script[1]], cwd=app, env=environment, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+                assert client.get("/agents").status_code == 401
+                client.headers["Authorization"] = f"Bearer {token}"
+                # The curl lines of the README.
+                document = ROOT / "data" / "knowledge" / "milvus-deployment-modes.md"
+                assert (
+                    f"file=@../../../{document.relative_to(ROOT).as_posix()} http://127.0.0.1:7777/knowledge/content"
+                    in README
+                )
+                sent = client.post("/knowledge/content", files={"file": (document.name, document.read_bytes())})
+                assert sent.is_success, sent.text
+                while client.get("/knowledge/content").json()["data"][0]["status"] != "completed":
+                    assert time.monotonic() < end, client.get("/knowledge/content").text
+                    time.sleep(0.2)
+                question = re.search(r'-F message="(.*?)" http://127.0.0.1:7777(/agents/\S+)', README)
+                assert question
+                answer = client.post(question[2], files={"message": (None, question[1]), "stream": (None, "false")})
+                assert answer.is_success and document.name in answer.json()["content"], answer.text
+            started.send_signal(getattr(signal, instruction("STOPSIGNAL")))
+            assert started.wait(45) == 0
+        finally:
+            started.kill()
+            started.wait()
+    assert not list(app.rglob("*.db")) and not list(temporary.iterdir()), "state in the container"
+
+
+def build(app: Path, venv: Path) -> str:
+    """Copy and install what the Dockerfile says, into these folders; return the PATH of what it starts."""
+    app.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    path = f"{venv / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    # With what the machine says about its network, and nothing about its Python.
+    machine = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    for word, rest in instructions():
+        if word == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                copy(ROOT / source, app / target)
+        elif word == "RUN":
+            done = subprocess.run(
+                ["sh", "-c", rest], cwd=app, env={**machine, "PATH": path}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return path
+
+
+def copy(source: Path, target: Path) -> None:
+    """Docker's COPY of one source: a folder's content goes into the target, a file beside it."""
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)

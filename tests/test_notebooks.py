@@ -151,8 +151,11 @@ def test_outputs_are_free_of_noise_and_fit_the_page(notebook: Notebook) -> None:
     for cell in code_cells(notebook):
         noise = NOISE.search(printed(cell))
         assert not noise, f"{noise and noise.group(0)!r} below {cell.source[:80]}"
-        long = [line for line in printed(cell).splitlines() if len(line) > 120]
-        assert not long, f"over 120 characters: {long[0]}"
+        if any({"text/html", "text/markdown"} & output.get("data", {}).keys() for output in cell.outputs):
+            continue  # a table, which has a width of its own: tests/test_browser.py measures it
+        # What JupyterLab shows unbroken in a window of 1,280 pixels.
+        long = [line for line in printed(cell).splitlines() if len(line) > 105]
+        assert not long, f"over 105 characters: {long[0]}"
 
 
 @each

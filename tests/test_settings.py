@@ -22,7 +22,7 @@ from utils.settings import OPENAI_EMBEDDING, OPENAI_MODEL, PROVIDERS, Settings, 
 quick = examples(deadline=None)  # a busy machine is not an error
 NO_FILE = Path("no such file")
 VARIABLES = ["MODEL_PROVIDER", "OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "EMBEDDING_ID"]
-VARIABLES += ["MILVUS_URI", "MILVUS_TOKEN", "AGNO_TELEMETRY", "LARGE_DATA", "COURSE_DATA"]
+VARIABLES += ["OFFLINE_TOKENS_PER_SECOND", "MILVUS_URI", "MILVUS_TOKEN", "AGNO_TELEMETRY", "LARGE_DATA", "COURSE_DATA"]
 SERVER = "http://localhost:11434/v1"
 
 

@@ -25,7 +25,7 @@ from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
 from utils.settings import Settings, load_settings
 
 OPENAI_URL = "https://api.openai.com/v1"
-EXTRACTIVE = "extractive: it quotes the sentences that fit best, or declines; it cannot reason"
+EXTRACTIVE = "extractive: it quotes fitting sentences, or declines; it cannot reason"
 
 # What the openai client raises when the answer is a web page, other JSON, or half of what it should be.
 _NOT_THE_API = (AttributeError, IndexError, TypeError, ValueError)

@@ -1,7 +1,13 @@
-"""An app of utils/apps as a process of this machine: `service()` starts it, waits until it is ready, and ends it."""
+"""An AgentOS service as a process of this machine: `service()` starts it, waits until it is ready, and ends it.
+
+`python -m utils.service FILE OWNER` runs a file that serves, and ends when the owner (an `owner_mark`) is gone.
+"""
 
 from __future__ import annotations
 
+import os
+import runpy
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -10,9 +16,8 @@ from pathlib import Path
 
 import httpx
 
-from utils.lesson import show_path
 from utils.milvus_lab.lab import free_ports
-from utils.processes import ServerError, ServerProcess, owner_mark
+from utils.processes import ServerError, ServerProcess, end_with_owner, owner_mark
 
 START_SECONDS = 60.0
 STOP_SECONDS = 35.0  # a little more than the app gives its running requests
@@ -27,10 +32,10 @@ class Service:
         log_file: one JSON object a line.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], port: int | None, module: str) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], port: int | None, app: str | Path) -> None:
         self.folder = folder.resolve()
         self.log_file = self.folder / "service.log"
-        self._module = module
+        self._app = app
         self._environment = {"SERVICE_FOLDER": str(self.folder), **environment}
         self._port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self._port}"
@@ -50,9 +55,11 @@ class Service:
         """
         started = time.monotonic()
         own = {"SERVICE_PORT": str(self._port), "SERVICE_HOST": "127.0.0.1", "SERVICE_OWNER": owner_mark()}
+        own_file = isinstance(self._app, Path)
+        command = ["utils.service", str(self._app), owner_mark()] if own_file else [str(self._app)]
         process = ServerProcess(
             "service",
-            [sys.executable, "-m", self._module],
+            [sys.executable, "-m", *command],
             self.log_file,
             {**self._environment, **own},
             patience=STOP_SECONDS,
@@ -90,7 +97,9 @@ class Service:
         if not process.running:
             return False
         try:
-            return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
+            # A file of the learner's has only the route that Agno brings.
+            route = "health" if isinstance(self._app, Path) else "ready"
+            return httpx.get(f"{self.url}/{route}", timeout=5, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -101,7 +110,7 @@ def service(
     environment: Mapping[str, str] | None = None,
     *,
     port: int | None = None,
-    module: str = "utils.apps.knowledge_agent",
+    app: str | Path = "utils.apps.knowledge_agent",
     progress: bool = True,
 ) -> Iterator[Service]:
     """Run a service while the block lasts.
@@ -110,17 +119,30 @@ def service(
         folder: for its data and its log; made if needed.
         environment: settings of the service (utils/hosting/config.py lists them) over those of this process.
         port: to listen on; a free one by default.
-        module: the app.
+        app: a module of utils/apps, or a Python file that calls `AgentOS.serve` on the port SERVICE_PORT.
         progress: print where it answers.
 
     Raises:
         ServerError: it did not start.
     """
-    running = Service(folder, environment or {}, port, module)
+    running = Service(folder, environment or {}, port, app)
     try:
         seconds = running.start()
         if progress:
-            print(f"service: ready at {running.url} after {seconds:.1f} s, log in {show_path(running.log_file)}")
+            print(f"service {running.folder.name}: ready at {running.url} after {seconds:.1f} s")
         yield running
     finally:
         running.stop()
+
+
+def main() -> None:
+    """Run the file named on the command line as a program."""
+    file, owner = Path(sys.argv[1]), sys.argv[2]
+    end_with_owner(owner, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    sys.path.insert(0, str(file.parent))  # `serve(app="name:app")` imports the file by its name
+    os.chdir(file.parent)
+    runpy.run_path(str(file), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

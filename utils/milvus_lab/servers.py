@@ -151,7 +151,7 @@ class ServerLab(Lab):
         self._start_etcd()
         self._forget_sessions()
         self._configure()
-        self.say("starting " + ", ".join(self.metrics))
+        self.say("starting " + " ".join(self.metrics))  # fits a notebook's page
         for name in self.metrics:
             self._start_role(name)
         self._wait_healthy(self.metrics)
