@@ -1,10 +1,12 @@
 """Every notebook in a real browser: it is drawn without errors and fits the page; widgets can be worked with.
 
 The notebooks are opened with their stored outputs, in a window of 1280 pixels with JupyterLab's file list open.
+UPDATE_PICTURES=1 python3 -m utils test -k console_of takes the README's picture again.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +185,36 @@ def test_errors_and_slow_cells_are_named(browser: Browser, lab: Lab) -> None:
         ]
         with pytest.raises(AssertionError, match="^5 cells have not ended after 1 seconds, first .*cell 2: import os"):
             page.run_all(1)
+
+
+def test_the_console_of_notebook_03_is_used_in_the_browser(browser: Browser, lab: Lab, tmp_path: Path) -> None:
+    stored = nbformat.read(ROOT / "notebooks" / "03_agentos_service.ipynb", as_version=4)
+    assert "servers.close()" in stored.cells[-1].source
+    # Without the last cell, which ends the service; here the end of the kernel does.
+    lab.write("03_agentos_service", *stored.cells[:-1])
+    document = tmp_path / "parking.md"
+    document.write_text("# Parking\n\nVisitors park on level 3. The barrier closes at 22:00.\n", encoding="utf-8")
+    pictures = ROOT / "notebooks" / "images" if os.environ.get("UPDATE_PICTURES") else tmp_path
+    with open_notebook(browser, lab, "03_agentos_service") as page:
+        assert page.run_all(180) == []
+        page.page.keyboard.press("Control+b")  # hides the file list
+        page.type(".console-question", "For how many days are nightly backups kept?")
+        page.press(".console-send")
+        page.wait_for(".console-answer", "35 days")
+        page.wait_for(".console-answer", "[backup-policy.pdf]")  # the end of the streamed answer
+        page.wait_for(".console-sources", "backup-policy.pdf")
+        page.page.locator(".knowledge-console").evaluate("console => console.scrollIntoView({block: 'start'})")
+        page.screenshot(pictures / "03_console.png")  # the README's picture
+        page.page.get_by_role("tab", name="Documents").click()
+        page.upload(".console-upload", document)
+        page.wait_for(".console-documents", re.compile(r"parking\.md [\d,]+ bytes completed"))
+        page.page.get_by_role("tab", name="Chat").click()
+        page.type(".console-question", "When does the barrier close?", enter=True)
+        page.wait_for(".console-answer", "22:00")
+        page.wait_for(".console-sources", "parking.md")
+        page.page.get_by_role("tab", name="Last run").click()
+        page.wait_for(".console-timeline", "search_knowledge_base")
+        assert page.troubles == [] and page.too_wide() == []
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
