@@ -99,7 +99,7 @@ def test_banner(course_data: Path, offline_models: Models, capsys: pytest.Captur
     assert embedder == f"embedder  {EMBEDDING_MODEL} (offline), {DIMENSIONS} dimensions"
     assert milvus == f"milvus    Milvus Lite {version('milvus-lite')}, in this process, at .../06_banner/milvus.db"
     assert note.strip() == (
-        "The offline model is extractive: it quotes the sentences that fit best, or declines; it cannot reason."
+        "The offline model is extractive: it quotes fitting sentences, or declines; it cannot reason."
     )
 
 
