@@ -162,3 +162,22 @@ def milvus_lite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lit
 
     with lite_server(tmp_path_factory.mktemp("lite")) as lab:
         yield lab
+
+
+@pytest.fixture(scope="session")
+def offline_environment(offline_server: OfflineServer) -> dict[str, str]:
+    """The settings with which a service uses the offline server that all tests share."""
+    return model_environment(offline_server)
+
+
+def model_environment(server: OfflineServer) -> dict[str, str]:
+    """The settings with which a service uses an offline server as if it were any OpenAI-compatible one."""
+    from utils.offline import CHAT_MODEL, EMBEDDING_MODEL
+
+    return {
+        "MODEL_PROVIDER": "compatible",
+        "OPENAI_BASE_URL": server.base_url,
+        "OPENAI_API_KEY": server.api_key,
+        "MODEL_ID": CHAT_MODEL,
+        "EMBEDDING_ID": EMBEDDING_MODEL,
+    }

@@ -54,7 +54,7 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Popen[s
 def test_without_a_command_the_help_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "milvus", "doctor"))
+    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "serve", "milvus", "doctor"))
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"], ["milvus", "big"]])
@@ -117,6 +117,16 @@ def test_run_wants_notebooks_or_all(arguments: list[str], capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("inside")
+def test_serve_with_a_wrong_setting_is_one_sentence(
+    inside: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SERVICE_HOST", "0.0.0.0")
+    assert command_line.main(["serve"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("error: SERVICE_HOST 0.0.0.0 opens the service to the network without a key")
+
+
 def test_test_passes_arguments_on_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 

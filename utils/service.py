@@ -67,7 +67,8 @@ class Service:
         )
         self._process = process
         try:
-            process.wait_until(lambda: self._is_ready(process), START_SECONDS)
+            with httpx.Client(timeout=5, trust_env=False) as client:  # making one takes longer than asking
+                process.wait_until(lambda: self._is_ready(process, client), START_SECONDS)
         except ServerError:
             if process.exit_code == 1:  # it said why, in one sentence
                 reason = process.log_tail(1).removeprefix("error: ")
@@ -93,13 +94,13 @@ class Service:
         self.stop()
         return self.start()
 
-    def _is_ready(self, process: ServerProcess) -> bool:
+    def _is_ready(self, process: ServerProcess, client: httpx.Client) -> bool:
         if not process.running:
             return False
         try:
             # A file of the learner's has only the route that Agno brings.
             route = "health" if isinstance(self._app, Path) else "ready"
-            return httpx.get(f"{self.url}/{route}", timeout=5, trust_env=False).status_code == 200
+            return client.get(f"{self.url}/{route}").status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -73,6 +73,19 @@ class ServiceConfig:
         """The server's URI, or the path of Milvus Lite in the service's folder."""
         return self.settings.milvus_uri or str(self.folder / "milvus.db")
 
+    def make_folder(self) -> None:
+        """Make the folder if it is not there.
+
+        Raises:
+            SettingsError: something is in its way, or it may not be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"SERVICE_FOLDER {self.folder.name} cannot be made ({error.strerror}); name one that can be written."
+            ) from None
+
     @property
     def auth(self) -> str:
         """Which credential callers need: "jwt", "key" or "none"."""

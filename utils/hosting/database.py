@@ -29,9 +29,10 @@ def open_database(config: ServiceConfig, name: str) -> SqliteDb | PostgresDb:
 
     Raises:
         DatabaseError: it does not answer, refuses the user, or its file cannot be written.
+        SettingsError: its folder cannot be made.
     """
     if not config.database_url:
-        config.folder.mkdir(parents=True, exist_ok=True)
+        config.make_folder()
         sqlite = SqliteDb(id=name, db_file=str(config.folder / "agent.db"))
         _ask(sqlite, f"The database {config.folder.name}/agent.db cannot be opened")
         return sqlite

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -11,11 +13,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-UPLOADS = ("/knowledge/content", "/knowledge/remote-content")
+UPLOAD = "/knowledge/content"
+# A refresh fetches the address, or opens the file of this machine, that is in metadata which its caller can change.
+FETCHES = re.compile(r"/knowledge/(remote-content|content/[^/]+/refresh)")
+LONGEST_NAME = 255  # characters, as of a file
+UNSTORABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # PostgreSQL takes no NUL, nothing takes half a character
+LARGEST_METADATA = 32_000  # bytes; it is stored with each chunk, where Milvus takes 65,535
 
 
 class BodyTooLarge(Exception):
     """The body went past the limit while it was read."""
+
+
+class Refused(Exception):
+    """An upload that may not go on: the status and the sentence of the answer."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 class RequestLimits:
@@ -39,72 +54,94 @@ class RequestLimits:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        started = False
+        started = too_large = False
         read = 0
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, too_large
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:
+                too_large = True
                 raise BodyTooLarge
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
+            if too_large and not started:
+                raise BodyTooLarge  # FastAPI makes a 400 of whatever a form's body raises
             started = True
             await send(message)
 
         declared = dict(scope["headers"]).get(b"content-length", b"")
+        path = scope["path"].rstrip("/")
         try:
             if declared.isdigit() and int(declared) > self._limit:
                 raise BodyTooLarge
-            if scope["method"] == "POST" and scope["path"].rstrip("/") in UPLOADS:
+            if FETCHES.fullmatch(path):
+                raise Refused(403, "This service does not fetch documents: send the file itself.")
+            if path == UPLOAD and scope["method"] == "POST":
                 body = await _read(counted)
-                refusal = await self._refuse_upload(scope, body)
-                if refusal is not None:
-                    await refusal(scope, receive, send)
-                    return
+                await self._examine(Request(scope, _replay(body, _closed)))
                 await self._app(scope, _replay(body, receive), noted)
             else:
                 await self._app(scope, counted, noted)
+        except Refused as error:
+            await JSONResponse({"detail": str(error)}, error.status)(scope, receive, send)
         except BodyTooLarge:
             if started:
                 raise
             sentence = f"The request is larger than {self._limit // 2**20} MB, which is the limit: split the document."
             await JSONResponse({"detail": sentence}, 413, {"Connection": "close"})(scope, receive, send)
 
-    async def _refuse_upload(self, scope: Scope, body: bytes) -> JSONResponse | None:
-        """The answer to an upload that may not go on, else None."""
-        if scope["path"].rstrip("/") != UPLOADS[0]:
-            return JSONResponse({"detail": "This service does not fetch documents: send the file itself."}, 403)
-        request = Request(scope, _replay(body, _closed))
+    async def _examine(self, request: Request) -> None:
+        """Raise Refused unless the upload may go on."""
         try:
             async with request.form() as form:
-                return self._examine(form)
+                if _text(form, "url"):
+                    raise Refused(403, "This service does not fetch addresses: send the file itself.")
+                _examine_metadata(_text(form, "metadata"))
+                name, text, file = _text(form, "name"), _text(form, "text_content"), form.get("file")
+                if text and not name:
+                    raise Refused(422, "Give the text a name: without one it cannot be told from another.")
+                if isinstance(file, UploadFile):
+                    self._examine_file(file.filename or "", file.file.read())
+                    name = name or file.filename or ""
+                if len(name) > LONGEST_NAME or UNSTORABLE.search(name):
+                    raise Refused(422, f"A name has up to {LONGEST_NAME} characters and no control characters.")
         except HTTPException as error:  # python-multipart's own sentence
-            return JSONResponse({"detail": str(error.detail)}, error.status_code)
+            raise Refused(error.status_code, str(error.detail)) from None
 
-    def _examine(self, form: FormData) -> JSONResponse | None:
-        if str(form.get("url") or "").strip():
-            return JSONResponse({"detail": "This service does not fetch addresses: send the file itself."}, 403)
-        if str(form.get("text_content") or "") and not str(form.get("name") or "").strip():
-            return JSONResponse({"detail": "Give the text a name: without one it cannot be told from another."}, 422)
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            return None
-        ending = PurePath(file.filename or "").suffix.lower().lstrip(".")
-        content = file.file.read()
-        allowed = ", ".join(self._types)
+    def _examine_file(self, name: str, content: bytes) -> None:
+        ending = PurePath(name).suffix.lower().lstrip(".")
+        name = repr(name[:LONGEST_NAME])
         if ending not in self._types:
-            return JSONResponse({"detail": f"'{file.filename}' is not one of the types {allowed}."}, 415)
-        if not file.size:
-            return JSONResponse({"detail": f"'{file.filename}' is empty."}, 422)
+            raise Refused(415, f"{name} is not one of the types {', '.join(self._types)}.")
+        if not content.strip():
+            raise Refused(422, f"{name} is empty.")
         if ending == "pdf" and b"%PDF-" not in content[:1024]:
-            return JSONResponse({"detail": f"'{file.filename}' is not a PDF file."}, 415)
+            raise Refused(415, f"{name} is not a PDF file.")
         if ending != "pdf" and not _is_text(content):
-            return JSONResponse({"detail": f"'{file.filename}' is not text: save it as UTF-8."}, 415)
-        return None
+            raise Refused(415, f"{name} is not text: save it as UTF-8.")
+
+
+def _text(form: FormData, field: str) -> str:
+    """A field of the form without the space around it; "" if it is not there."""
+    return str(form.get(field) or "").strip()
+
+
+def _examine_metadata(value: str) -> None:
+    if not value:
+        return
+    try:
+        metadata = json.loads(value)
+        size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, RecursionError):  # no JSON; a number that is none, or half a character, which nothing can store
+        metadata = None
+    if not isinstance(metadata, dict) or "_agno" in metadata:  # under which Agno keeps its own
+        raise Refused(422, 'metadata is not a JSON object of your own, such as {"topic": "backup"}.')
+    if size > LARGEST_METADATA:
+        raise Refused(422, f"metadata is larger than {LARGEST_METADATA:,} bytes.")
 
 
 def _is_text(content: bytes) -> bool:

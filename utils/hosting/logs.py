@@ -55,6 +55,7 @@ def configure_logs(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
+    logging.captureWarnings(True)  # Python's own, which would be plain lines
     for name in (*logging.root.manager.loggerDict, "uvicorn"):  # Agno and pymilvus bring handlers of their own
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import signal
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from agno.exceptions import OutputCheckError
 from agno.run import RunContext
 from agno.run.agent import RunOutput
+from agno.run.background import _background_tasks
+from agno.workflow.workflow import _workflow_background_tasks
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.hosting.logs import log, set_ids
@@ -17,6 +25,7 @@ from utils.hosting.logs import log, set_ids
 RUNS = re.compile(r"/(agents|teams|workflows)/([^/]+)/runs(?:/[^/]+/continue)?/?")
 # Agno tells the model, and nobody else, that a search failed: the text of the tool's result begins like this.
 SEARCH_ERROR = "Error searching knowledge base"
+STORE_SECONDS = 2.0  # in which a run that is cut off is stored as cancelled
 # How the events of a stream's own run begin; those of a team's members, for instance, have another prefix.
 _EVENTS = {"agent": "Run", "team": "TeamRun", "workflow": "Workflow"}
 _STATUS = {"Completed": "COMPLETED", "Error": "ERROR", "Cancelled": "CANCELLED", "Paused": "PAUSED"}
@@ -39,12 +48,48 @@ def require_knowledge(run_output: RunOutput) -> None:
             raise OutputCheckError(run_output.content)
 
 
+def finish_background_runs(app: FastAPI, seconds: float) -> None:
+    """Let the background runs of an app end until `seconds` after SIGTERM, then cancel them, which is stored.
+
+    Uvicorn waits for requests only, and Agno 3.1.10 then waits for up to 30 seconds more, whatever an orchestrator
+    grants: killed meanwhile, a run would stay RUNNING for ever.
+    """
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        told: list[float] = []
+        with suppress(ValueError):  # not in the main thread, so there are no signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _noting_time(told, signal.getsignal(number)))
+        async with inner(app) as state:
+            yield state
+            runs = {*_background_tasks, *_workflow_background_tasks}
+            if runs:
+                remaining = min(told, default=time.monotonic()) + seconds - time.monotonic()
+                _, late = await asyncio.wait(runs, timeout=max(remaining, STORE_SECONDS))
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(runs, timeout=STORE_SECONDS)
+
+    app.router.lifespan_context = lifespan
+
+
+def _noting_time(told: list[float], handler: Any) -> Callable[[int, FrameType | None], None]:
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(time.monotonic())
+        if callable(handler):
+            handler(number, frame)
+
+    return note
+
+
 class RunStatusCodes:
     """ASGI middleware: a run that failed answers 502, or 503 if the knowledge base failed, where Agno answers 200.
 
-    The body stays Agno's: the run with `status`, `content` (what went wrong) and `run_id`. A stream has begun with 200
-    before its run can fail; its last event is RunError. A background run is polled, and says it in `status`. Every run
-    is logged with its ids, status, seconds and tokens.
+    If what failed is the caller's own filter, it is 422. The body stays Agno's: the run with `status`, `content` (what
+    went wrong) and `run_id`. A stream has begun with 200 before its run can fail; its last event is RunError. A
+    background run is polled, and says it in `status`. Every run is logged with its ids, status, seconds and tokens.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -96,10 +141,16 @@ class _Watch:
             run = None
         self._run = run if isinstance(run, dict) else {}
         if self._start["status"] == 200 and self._run.get("status") == "ERROR":
-            searches = [tool.get("result") for tool in self._run.get("tools") or []]
-            self._start["status"] = 503 if any(str(text).startswith(SEARCH_ERROR) for text in searches) else 502
+            self._start["status"] = self._failure()
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": self._body})
+
+    def _failure(self) -> int:
+        """The status of a failed run."""
+        results = [str(tool.get("result")) for tool in self._run.get("tools") or []]
+        searches = [result for result in results if result.startswith(SEARCH_ERROR)]
+        # Agno's sentence ends with the error's name; the filter is the caller's own.
+        return 502 if not searches else 422 if searches[0].endswith("InvalidFilter") else 503
 
     def _note_event(self, chunk: bytes) -> None:
         """Keep the ids from a stream's first event, and what its last one says. Agno sends one event at a time."""

@@ -76,7 +76,8 @@ def run_service(factory: str, config: ServiceConfig) -> int:
         os.environ.update({APP: factory, OWNER: owner_mark()})
         supervisor = Multiprocess(_uvicorn_config("utils.hosting.server:worker_app", config), sockets=[listener])
         supervisor.run()
-        if any(process.exitcode for process in supervisor.processes):
+        # A worker that is told to end while it still starts is ended by the signal, which is no failure.
+        if any((process.exitcode or 0) > 0 for process in supervisor.processes):
             raise ServerError("A worker process failed; its log lines say why.")
     logs.log.info("stopped")
     return 0

@@ -14,13 +14,15 @@ from agno.os.config import AuthorizationConfig
 from agno.os.settings import AgnoAPISettings
 from agno.team import Team
 from agno.workflow import Workflow
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 
 from utils.hosting import logs
 from utils.hosting.config import ServiceConfig
 from utils.hosting.limits import RequestLimits
 from utils.hosting.readiness import database_probe, milvus_probe, model_probe, readiness_router
-from utils.hosting.runs import RunStatusCodes
+from utils.hosting.runs import RunStatusCodes, finish_background_runs
+from utils.milvus_store import InvalidDocument, InvalidFilter, MilvusStoreError, NotSupported
 from utils.models import Models
 
 PUBLIC = ["/ready"]  # besides Agno's own: /, /health, /info and the description of the API
@@ -49,6 +51,7 @@ def create_service(
     app = FastAPI(title=name, version="1.0.0")
     app.add_middleware(RequestLimits, limit=config.upload_limit, types=config.upload_types)
     app.add_middleware(RunStatusCodes)
+    app.add_exception_handler(MilvusStoreError, _store_failed)
     assert knowledge.vector_db is not None
     app.include_router(
         readiness_router(
@@ -87,4 +90,12 @@ def create_service(
     )
     served = agent_os.get_app()
     served.add_middleware(logs.AccessLog)
+    finish_background_runs(served, config.shutdown_seconds)
     return served
+
+
+async def _store_failed(request: Request, error: Exception) -> JSONResponse:
+    """The answer where Agno has none: the caller asked for what cannot be (422), or Milvus failed (503)."""
+    callers = isinstance(error, InvalidFilter | InvalidDocument | NotSupported)
+    logs.log.error("store", error=str(error))
+    return JSONResponse({"detail": str(error)}, 422 if callers else 503)
