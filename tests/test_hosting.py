@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from utils.bootstrap import ROOT
-from utils.hosting import ServiceConfig, configure_logs, load_config, log, open_database
+from utils.hosting import ServiceConfig, configure_logs, load_config, open_database
 from utils.hosting.database import DatabaseError
 from utils.hosting.limits import RequestLimits
-from utils.hosting.logs import AccessLog
+from utils.hosting.logs import AccessLog, log
 from utils.settings import Settings, SettingsError
 
 NAME = "knowledge-agent"

@@ -590,7 +590,7 @@ def test_a_dead_model_fails_every_run_and_upload_until_it_is_back(parts: Parts) 
         assert found["status"] == "failed" and "upload it again" in found["status_message"]
         assert time.monotonic() - started < 10
         answer = api.post("/knowledge/search", json={"query": question})
-        assert answer.status_code == 503 and "embedding model" in answer.json()["detail"], "and not nothing found"
+        assert answer.status_code == 503 and "embedder" in answer.json()["detail"], "and not nothing found"
 
         parts.restart_model()
         parts.wait_until_ready(api)

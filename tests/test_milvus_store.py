@@ -20,6 +20,7 @@ import pytest
 from agno.agent import Agent
 from agno.filters import AND, CONTAINS, EQ, GT, GTE, IN, LT, LTE, NEQ, NOT, OR, STARTSWITH, FilterExpr
 from agno.knowledge.document import Document
+from agno.knowledge.embedder.openai import OpenAIEmbedder
 from agno.knowledge.knowledge import Knowledge
 from agno.vectordb.distance import Distance
 from agno.vectordb.milvus import Milvus
@@ -37,6 +38,7 @@ from utils.milvus_store import (
     AccessDenied,
     CollectionMismatch,
     CollectionMissing,
+    EmbedderUnavailable,
     FoundDocument,
     InvalidDocument,
     InvalidEmbedding,
@@ -632,6 +634,21 @@ def test_embedder_that_returns_nonsense(lite: Place, vector: list[float], senten
     with pytest.raises(InvalidEmbedding, match=sentence):
         broken.search("kept")
     assert contents(store.search("kept")) == ["kept"]
+
+
+def test_query_that_cannot_be_embedded_is_an_error_and_not_an_empty_list(lite: Place, closed_port: int) -> None:
+    store = lite.store()
+    store.insert("h", documents("kept"))
+    away = OpenAIEmbedder(
+        id="any",
+        base_url=f"http://127.0.0.1:{closed_port}/v1",
+        api_key="none",
+        dimensions=DIMENSIONS,
+        client_params={"max_retries": 0},
+    )
+    dead = lite.open(store.collection, away)
+    with pytest.raises(EmbedderUnavailable, match=r"^The embedder did not answer \(.+\)\.$"):
+        Knowledge(vector_db=dead).search("kept")
 
 
 def test_embedder_that_returns_too_few(lite: Place) -> None:

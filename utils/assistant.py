@@ -23,7 +23,7 @@ from tqdm import tqdm
 from utils import lesson, models
 from utils.errors import CourseError
 from utils.knowledge import SectionChunking, Text, load_corpus
-from utils.milvus_store import MilvusStoreError, NotSupported, ReliableMilvus
+from utils.milvus_store import EmbedderUnavailable, MilvusStoreError, NotSupported, ReliableMilvus
 from utils.offline.conversation import SEARCH_ERROR
 from utils.settings import load_settings
 
@@ -136,15 +136,17 @@ class Library:
         """Turn what the store and the embedder raise into an AssistantError."""
         try:
             yield
+        except (EmbedderUnavailable, EmbeddingError) as error:
+            cause = error.__cause__ if isinstance(error, EmbedderUnavailable) else error
+            reason = getattr(cause, "safe_message", str(cause)).rstrip(".")
+            raise AssistantError(
+                f"The embedder at {self._embedder.base_url} did not answer ({reason}); ask again, and if that does not "
+                "help run python3 -m utils doctor."
+            ) from None
         except MilvusStoreError as error:
             uri = self.store.uri
             place = f"at {lesson.show_path(Path(uri))}" if uri.endswith(".db") else "of MILVUS_URI and MILVUS_TOKEN"
             raise AssistantError(f"The Milvus {place} cannot be used: {error}") from None
-        except EmbeddingError as error:
-            raise AssistantError(
-                f"The embedder at {self._embedder.base_url} did not answer ({error.safe_message.rstrip('.')}); ask "
-                "again, and if that does not help run python3 -m utils doctor."
-            ) from None
 
     def close(self) -> None:
         """Close the connection."""

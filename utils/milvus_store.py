@@ -47,6 +47,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import grpc
+from agno.exceptions import EmbeddingError
 from agno.filters import AND, CONTAINS, EQ, GT, GTE, IN, LT, LTE, MAX_FILTER_DEPTH, NEQ, NOT, OR, STARTSWITH, FilterExpr
 from agno.knowledge.document import Document
 from agno.knowledge.embedder import Embedder
@@ -115,6 +116,10 @@ class InvalidDocument(MilvusStoreError):
 
 class InvalidEmbedding(MilvusStoreError):
     """The embedder returned a vector of the wrong length, or one that is not made of finite numbers."""
+
+
+class EmbedderUnavailable(MilvusStoreError):
+    """The embedder does not answer, so there is nothing to search with."""
 
 
 class NotSupported(MilvusStoreError):
@@ -1101,8 +1106,7 @@ class ReliableMilvus(VectorDb):
         params = {"params": dict(self.search_params if search_params is None else search_params)}
         vector: list[float] = []
         if chosen is not SearchType.keyword:
-            vector = self.embedder.get_embedding(query)
-            self._check_vector(vector)
+            vector = self._query_vector(query)
         if chosen is SearchType.hybrid:
             pool = max(limit, self.candidates)
             requests = [
@@ -1131,6 +1135,14 @@ class ReliableMilvus(VectorDb):
         if self.similarity_threshold and chosen is SearchType.vector:
             documents = [document for document in documents if self._similarity(document) >= self.similarity_threshold]
         return self.reranker.rerank(query, documents) if self.reranker and documents else documents
+
+    def _query_vector(self, query: str) -> list[float]:
+        try:
+            vector = self.embedder.get_embedding(query)
+        except EmbeddingError as error:  # Knowledge.search would make an empty list of it
+            raise EmbedderUnavailable(f"The embedder did not answer ({error.safe_message.rstrip('.')}).") from error
+        self._check_vector(vector)
+        return vector
 
     def _found(self, hit: Mapping[str, Any], search_type: SearchType) -> FoundDocument:
         entity = hit["entity"]

@@ -46,8 +46,8 @@ from starlette.routing import Route  # noqa: E402
 from store_workload import machine, ratio_of_medians  # noqa: E402
 
 from utils import lesson  # noqa: E402
-from utils.apps.knowledge_agent import NAME, Uploads, make_agent, open_store  # noqa: E402
-from utils.hosting import find_models, load_config, open_database  # noqa: E402
+from utils.apps.knowledge_agent import NAME, make_agent  # noqa: E402
+from utils.hosting import find_models, load_config, open_database, open_knowledge  # noqa: E402
 from utils.milvus_lab import lite_server  # noqa: E402
 from utils.milvus_lab.lab import free_ports  # noqa: E402
 from utils.postgres import postgres  # noqa: E402
@@ -153,7 +153,7 @@ def agent_in_process(environment: dict[str, str], folder: Path) -> Agent:
     """The service's own agent, on the same Milvus and the same database."""
     config = load_config(NAME, {**environment, "SERVICE_FOLDER": str(folder)}, folder / "absent.env")
     endpoints, database = find_models(config), open_database(config, NAME)
-    knowledge = Uploads(name=NAME, vector_db=open_store(config, endpoints), contents_db=database)
+    knowledge = open_knowledge(config, endpoints, database, NAME)
     return make_agent(config, endpoints, database, knowledge)
 
 

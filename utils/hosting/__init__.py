@@ -5,10 +5,11 @@ An app in utils/apps makes its agents and hands them to `create_service()`; `run
 
 from utils.hosting.config import ServiceConfig, load_config
 from utils.hosting.database import open_database
-from utils.hosting.logs import configure_logs, log
+from utils.hosting.logs import configure_logs
 from utils.hosting.runs import log_ids, require_knowledge
 from utils.hosting.server import find_models, run_service
 from utils.hosting.service import create_service
+from utils.hosting.uploads import open_knowledge
 
 __all__ = [
     "ServiceConfig",
@@ -16,9 +17,9 @@ __all__ = [
     "create_service",
     "find_models",
     "load_config",
-    "log",
     "log_ids",
     "open_database",
+    "open_knowledge",
     "require_knowledge",
     "run_service",
 ]
