@@ -110,6 +110,16 @@ def log_lines(found: Service) -> list[dict[str, Any]]:
     return [json.loads(line) for line in found.log_file.read_text(encoding="utf-8").splitlines()]
 
 
+def lines_with(found: Service, count: int, **wanted: Any) -> list[dict[str, Any]]:
+    """The log lines that hold these values, once there are `count` of them: they come a moment after the answer."""
+    end = time.monotonic() + 10
+    while True:
+        lines = [line for line in log_lines(found) if wanted.items() <= line.items()]
+        if len(lines) >= count or time.monotonic() > end:
+            return lines
+        time.sleep(0.05)
+
+
 def operations(api: httpx.Client) -> list[tuple[str, str]]:
     paths = api.get("/openapi.json").json()["paths"]
     return [(method.upper(), re.sub(r"{\w+}", "x", path)) for path, methods in paths.items() for method in methods]
@@ -275,8 +285,7 @@ def test_a_run_answers_with_its_source_in_all_three_ways(opened: Service, api: h
     polled = background(api, question, "ways", user_id="ann")
     assert (polled["status"], polled["content"]) == ("COMPLETED", wanted)
 
-    runs = [line for line in log_lines(opened) if line["event"] == "run" and line.get("session_id") == "ways"]
-    plain, streamed, started = runs
+    plain, streamed, started = lines_with(opened, 3, event="run", session_id="ways")
     for line in (plain, streamed):
         assert line["user_id"] == "ann" and line["status"] == "COMPLETED" and line["http_status"] == 200
         assert line["seconds"] > 0 and line["input_tokens"] > 100 and line["output_tokens"] > 5
@@ -287,7 +296,7 @@ def test_a_run_answers_with_its_source_in_all_three_ways(opened: Service, api: h
 def test_a_request_id_goes_through_to_the_log_lines_of_its_run(opened: Service, api: httpx.Client) -> None:
     answer = api.post(RUNS, data={"message": "Hello?", "stream": "false"}, headers={"X-Request-ID": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    lines = [line for line in log_lines(opened) if line.get("request_id") == "mine-1"]
+    lines = lines_with(opened, 2, request_id="mine-1")
     assert {line["event"] for line in lines} >= {"run", "request"}
     assert {line["run_id"] for line in lines} == {answer.json()["run_id"]}
 
@@ -596,7 +605,7 @@ def test_a_dead_model_fails_every_run_and_upload_until_it_is_back(parts: Parts) 
         parts.wait_until_ready(api)
         assert "14:30" in run(api, question).json()["content"], "the upload that failed took nothing away"
         assert indexed(api, "canteen.md", "# Canteen\n\nThe canteen closes at 14:30.")["status"] == "completed"
-    (line,) = [line for line in log_lines(parts.service) if line.get("session_id") == "dead-model" and "kind" in line]
+    (line,) = lines_with(parts.service, 1, event="run", session_id="dead-model")
     assert (line["level"], line["status"], line["http_status"], line["user_id"]) == ("error", "ERROR", 502, "ann")
     assert line["error"]
 

@@ -15,7 +15,6 @@ from agno.db.base import BaseDb
 from agno.knowledge.knowledge import Knowledge
 from fastapi import FastAPI
 
-from utils import models
 from utils.errors import CourseError
 from utils.hosting import (
     ServiceConfig,
@@ -29,6 +28,7 @@ from utils.hosting import (
     require_knowledge,
     run_service,
 )
+from utils.models import Models, chat_model
 
 NAME = "knowledge-agent"
 AGENT = "knowledge-assistant"
@@ -40,16 +40,16 @@ INSTRUCTIONS = [
 ]
 
 
-def make_agent(config: ServiceConfig, endpoints: models.Models, database: BaseDb, knowledge: Knowledge) -> Agent:
+def make_agent(config: ServiceConfig, endpoints: Models, db: BaseDb, knowledge: Knowledge) -> Agent:
     """The assistant."""
     return Agent(
         id=AGENT,
         name="Knowledge Assistant",
-        model=models.chat_model(endpoints, timeout=config.model_timeout),
+        model=chat_model(endpoints, timeout=config.model_timeout),
         instructions=INSTRUCTIONS,
         knowledge=knowledge,
         search_knowledge=True,
-        db=database,
+        db=db,
         add_history_to_context=True,
         num_history_runs=3,
         pre_hooks=[log_ids],
