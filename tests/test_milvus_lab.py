@@ -29,8 +29,8 @@ from utils.bootstrap import ROOT
 from utils.milvus_lab import cluster, lite_server, programs, servers, standalone
 from utils.milvus_lab.broker import BATCH_HEADER, LabBroker, Topic
 from utils.milvus_lab.command import milvus_command
-from utils.milvus_lab.lab import free_ports
 from utils.milvus_lab.programs import LabError
+from utils.processes import free_ports
 
 if TYPE_CHECKING:
     from utils.milvus_lab.distributed import Cluster

@@ -22,11 +22,10 @@ from conftest import model_environment
 
 from utils import offline
 from utils.bootstrap import ROOT
-from utils.milvus_lab.lab import free_ports
 from utils.milvus_lab.lite import LiteServer
 from utils.milvus_lab.servers import ServerLab
 from utils.postgres import Postgres, postgres
-from utils.processes import ServerError
+from utils.processes import ServerError, free_ports
 from utils.service import Service, service
 
 APP = "utils.apps.knowledge_agent"

@@ -21,7 +21,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ import psycopg
 from psycopg import sql
 
 from utils.milvus_lab.programs import LabError, package, unwritable
-from utils.processes import ServerError, ServerProcess, end_with_owner, is_alive, owner_mark
+from utils.processes import ServerError, ServerProcess, end_with_owner, free_ports, is_alive, owner_mark
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
@@ -99,7 +98,7 @@ class Postgres:
             self._prepare_data()
         except OSError as error:
             raise unwritable(self._folder, error, NEEDED_BYTES) from None
-        self._port = _free_port()
+        self._port = free_ports(1)[0]
         self._run()
         self._make_database()
         self.url = f"postgresql+psycopg://{NAME}:{self._password}@127.0.0.1:{self._port}/{NAME}"
@@ -210,7 +209,7 @@ class Postgres:
                 if "could not bind" in log and self.url:
                     raise LabError(f"PostgreSQL did not start: another program has taken port {self._port}.") from None
                 if "could not bind" in log:
-                    self._port = _free_port()
+                    self._port = free_ports(1)[0]
                 elif '"postmaster.pid" already exists' not in log:
                     raise LabError(str(error)) from None
                 elif time.monotonic() > end:
@@ -306,11 +305,6 @@ def _as_ordinary_user(folder: Path) -> list[str]:
     if not all(one.stat().st_mode & 0o001 for one in passed):
         command += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
     return command
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
 
 
 def _read(file: Path) -> str:

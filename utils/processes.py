@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -134,6 +135,18 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports on which nothing listens now, on any interface."""
+    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(number)]
+    try:
+        for one in sockets:
+            one.bind(("", 0))  # all of them before one is let go, so that they differ
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def owner_mark() -> str:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from utils.milvus_lab.lab import free_ports
-from utils.processes import ServerError, ServerProcess, end_with_owner, owner_mark
+from utils.processes import ServerError, ServerProcess, end_with_owner, free_ports, owner_mark
 
 START_SECONDS = 60.0
 STOP_SECONDS = 35.0  # a little more than the app gives its running requests

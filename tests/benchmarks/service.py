@@ -49,9 +49,8 @@ from utils import lesson  # noqa: E402
 from utils.apps.knowledge_agent import NAME, make_agent  # noqa: E402
 from utils.hosting import find_models, load_config, open_database, open_knowledge  # noqa: E402
 from utils.milvus_lab import lite_server  # noqa: E402
-from utils.milvus_lab.lab import free_ports  # noqa: E402
 from utils.postgres import postgres  # noqa: E402
-from utils.processes import ServerProcess, end_with_owner, owner_mark  # noqa: E402
+from utils.processes import ServerProcess, end_with_owner, free_ports, owner_mark  # noqa: E402
 from utils.service import Service, service  # noqa: E402
 
 RESULT = ROOT / "data" / "benchmarks" / "service.json"

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.milvus_lab import keeper
-from utils.milvus_lab.lab import free_ports
 from utils.milvus_lab.programs import LabError
 from utils.milvus_lab.servers import GRACE, ServerLab
-from utils.processes import ServerProcess
+from utils.processes import ServerProcess, free_ports
 
 # Milvus 2.3 has its index coordinator inside the data coordinator; the role of that name does nothing.
 ROLES = ("rootcoord", "datacoord", "querycoord", "datanode", "indexnode", "proxy")

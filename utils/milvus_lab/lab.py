@@ -188,18 +188,6 @@ class Lab(ABC):
             client.close()
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports on which nothing listens now, on any interface."""
-    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(number)]
-    try:
-        for one in sockets:
-            one.bind(("", 0))  # all of them before one is let go, so that they differ
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
 def require_port(port: int) -> None:
     """Raise LabError unless the port is free."""
     if not 0 < port < 65536:

@@ -18,7 +18,7 @@ from pymilvus.exceptions import MilvusException
 
 from utils.lesson import quiet_logs, show_path
 from utils.milvus_lab import keeper
-from utils.milvus_lab.lab import START_TIMEOUT, Lab, PortTaken, free_ports, require_port
+from utils.milvus_lab.lab import START_TIMEOUT, Lab, PortTaken, require_port
 from utils.milvus_lab.programs import (
     LabError,
     etcd_program,
@@ -27,7 +27,7 @@ from utils.milvus_lab.programs import (
     require_server,
     shipped_settings,
 )
-from utils.processes import ServerProcess, is_alive, owner_mark
+from utils.processes import ServerProcess, free_ports, is_alive, owner_mark
 
 # Milvus waits for these intervals (ms; the third in seconds) before it does what it was asked for. Its defaults are
 # 1000, 500, 1000, 1000 and 10: a collection would be loaded 1 s later, and available up to 10 s later after a restart.
