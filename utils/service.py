@@ -1,6 +1,6 @@
 """An AgentOS service as a process of this machine: `service()` starts it, waits until it is ready, and ends it.
 
-`python -m utils.service FILE OWNER` runs a file that serves, and ends when the owner (an `owner_mark`) is gone.
+`python -m utils.service FILE` runs a file that serves, and ends when the owner named in SERVICE_OWNER is gone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Service:
     def __init__(self, folder: Path, environment: Mapping[str, str], port: int | None, app: str | Path) -> None:
         self.folder = folder.resolve()
         self.log_file = self.folder / "service.log"
-        self._app = app
+        # A file of the learner's has no other route than the one that Agno brings.
+        own_file = isinstance(app, Path)
+        self._route = "health" if own_file else "ready"
+        self._command = ["utils.service", str(app)] if own_file else [str(app)]
         self._environment = {"SERVICE_FOLDER": str(self.folder), **environment}
         self._port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self._port}"
@@ -54,11 +57,9 @@ class Service:
         """
         started = time.monotonic()
         own = {"SERVICE_PORT": str(self._port), "SERVICE_HOST": "127.0.0.1", "SERVICE_OWNER": owner_mark()}
-        own_file = isinstance(self._app, Path)
-        command = ["utils.service", str(self._app), owner_mark()] if own_file else [str(self._app)]
         process = ServerProcess(
             "service",
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *self._command],
             self.log_file,
             {**self._environment, **own},
             patience=STOP_SECONDS,
@@ -97,9 +98,7 @@ class Service:
         if not process.running:
             return False
         try:
-            # A file of the learner's has only the route that Agno brings.
-            route = "health" if isinstance(self._app, Path) else "ready"
-            return client.get(f"{self.url}/{route}").status_code == 200
+            return client.get(f"{self.url}/{self._route}").status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -137,8 +136,8 @@ def service(
 
 def main() -> None:
     """Run the file named on the command line as a program."""
-    file, owner = Path(sys.argv[1]), sys.argv[2]
-    end_with_owner(owner, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    file = Path(sys.argv[1])
+    end_with_owner(os.environ["SERVICE_OWNER"], lambda: os.kill(os.getpid(), signal.SIGTERM))
     sys.path.insert(0, str(file.parent))  # `serve(app="name:app")` imports the file by its name
     os.chdir(file.parent)
     runpy.run_path(str(file), run_name="__main__")

@@ -52,7 +52,6 @@ def start(log_file: Path | None = None, port: int = 0, api_key: str = "", tokens
         log_file: by default in the system's folder for temporary files.
         port: to listen on; a free one by default.
         api_key: that clients must name; by default one is made. With both, a server takes the place of one that ended.
-
         tokens_per_second: how fast it answers; 0 for at once.
 
     Raises:
