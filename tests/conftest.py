@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,11 +108,21 @@ def course_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def offline_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfflineServer]:
-    """An offline model server of its own log file, one for all tests of its protocol."""
-    from utils import offline
+def start_server(request: pytest.FixtureRequest) -> Callable[..., OfflineServer]:
+    """Starts a model server with the engine under test: the extractive one, or with --local-model a language model."""
+    from utils import local_models, offline
 
-    with offline.start(tmp_path_factory.mktemp("offline") / "server.log") as server:
+    if not request.config.getoption("--local-model"):
+        return offline.start
+    return partial(offline.start, model=offline.LanguageModelFile(local_models.find("small").path))
+
+
+@pytest.fixture(scope="session")
+def offline_server(
+    start_server: Callable[..., OfflineServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OfflineServer]:
+    """A model server of its own log file, one for all tests of its protocol."""
+    with start_server(tmp_path_factory.mktemp("offline") / "server.log") as server:
         yield server
 
 
@@ -121,7 +132,7 @@ def client(offline_server: OfflineServer) -> Iterator[openai.OpenAI]:
     import openai
 
     with openai.OpenAI(
-        base_url=offline_server.base_url, api_key=offline_server.api_key, max_retries=0, timeout=60
+        base_url=offline_server.base_url, api_key=offline_server.api_key, max_retries=0, timeout=300
     ) as made:
         yield made
 
@@ -172,12 +183,12 @@ def offline_environment(offline_server: OfflineServer) -> dict[str, str]:
 
 def model_environment(server: OfflineServer) -> dict[str, str]:
     """The settings with which a service uses an offline server as if it were any OpenAI-compatible one."""
-    from utils.offline import CHAT_MODEL, EMBEDDING_MODEL
+    from utils.offline import EMBEDDING_MODEL
 
     return {
         "MODEL_PROVIDER": "compatible",
         "OPENAI_BASE_URL": server.base_url,
         "OPENAI_API_KEY": server.api_key,
-        "MODEL_ID": CHAT_MODEL,
+        "MODEL_ID": server.model,
         "EMBEDDING_ID": EMBEDDING_MODEL,
     }

@@ -248,7 +248,7 @@ def test_finish_ends_everything_and_the_next_notebook_gets_another_server(
 ) -> None:
     folder = lesson.workspace("10_end")
     write_row(folder / "milvus.db")
-    process = models._offline_server().process
+    process = models._servers[None].process
     lesson.finish(folder)
     assert capsys.readouterr().out == "Servers stopped.\n"
     assert not process.running and not psutil.pid_exists(process.pid)

@@ -308,7 +308,7 @@ def test_agno_reports_runs_only_if_asked_to(offline_models: Models) -> None:
 def test_an_offline_server_that_died_is_replaced() -> None:
     settings = Settings()
     before = models.connect(settings).chat
-    server = models._offline_server().process
+    server = models._servers[None].process
     psutil.Process(server.pid).kill()
     server._process.wait()
     after = models.connect(settings).chat
@@ -319,7 +319,7 @@ def test_an_offline_server_that_died_is_replaced() -> None:
 
 def test_the_reranker_of_a_server_that_died_is_replaced() -> None:
     before = models.reranker()
-    server = models._offline_server().process
+    server = models._servers[None].process
     psutil.Process(server.pid).kill()
     server._process.wait()
     after = models.reranker()

@@ -22,7 +22,17 @@ from utils.settings import OPENAI_EMBEDDING, OPENAI_MODEL, PROVIDERS, Settings, 
 quick = examples(deadline=None)  # a busy machine is not an error
 NO_FILE = Path("no such file")
 VARIABLES = ["MODEL_PROVIDER", "OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "EMBEDDING_ID"]
-VARIABLES += ["OFFLINE_TOKENS_PER_SECOND", "MILVUS_URI", "MILVUS_TOKEN", "AGNO_TELEMETRY", "LARGE_DATA", "COURSE_DATA"]
+VARIABLES += [
+    "LOCAL_CONTEXT",
+    "LOCAL_TOOLS",
+    "MODEL_FOLDER",
+    "OFFLINE_TOKENS_PER_SECOND",
+    "MILVUS_URI",
+    "MILVUS_TOKEN",
+    "AGNO_TELEMETRY",
+    "LARGE_DATA",
+    "COURSE_DATA",
+]
 SERVER = "http://localhost:11434/v1"
 
 
@@ -93,6 +103,9 @@ def test_openai_names_its_models_and_the_others_name_none() -> None:
     assert (compatible.model_id, compatible.embedding_id, compatible.api_key) == ("", "", "")
     offline = read(MODEL_PROVIDER="offline", OPENAI_API_KEY="k", OPENAI_BASE_URL=SERVER, MODEL_ID="m", EMBEDDING_ID="e")
     assert offline == Settings(), "the offline model takes nothing that belongs to another server"
+    own = {"MODEL_ID": "small", "LOCAL_CONTEXT": "4096", "LOCAL_TOOLS": "native"}
+    local = read(MODEL_PROVIDER="local", OPENAI_API_KEY="k", OPENAI_BASE_URL=SERVER, EMBEDDING_ID="e", **own)
+    assert local == Settings(provider="local", model_id="small", local_context=4096, local_native_tools=True)
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
@@ -149,6 +162,8 @@ BAD_URLS += ["http://a b", "http://℀", "http://.", f"http://{'a' * 300}", "mil
         ({"MODEL_PROVIDER": "gemini"}, ("MODEL_PROVIDER", "gemini", *PROVIDERS)),
         ({"MODEL_PROVIDER": "openai"}, ("MODEL_PROVIDER", "OPENAI_API_KEY", "MODEL_PROVIDER=offline")),
         ({"MODEL_PROVIDER": "compatible", "OPENAI_API_KEY": "k"}, ("MODEL_PROVIDER", "OPENAI_BASE_URL", SERVER)),
+        ({"LOCAL_CONTEXT": "1023"}, ("LOCAL_CONTEXT", "1024")),
+        ({"LOCAL_TOOLS": "some"}, ("LOCAL_TOOLS", "policy", "native")),
         ({"AGNO_TELEMETRY": "maybe"}, ("AGNO_TELEMETRY", "maybe", "true or false")),
         ({"LARGE_DATA": "2"}, ("LARGE_DATA", "true or false")),
         ({"COURSE_DATA": "a\0b"}, ("COURSE_DATA", "not a path")),

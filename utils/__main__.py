@@ -1,4 +1,4 @@
-"""The command line: python3 -m utils lab | test | run | ask | serve | milvus | doctor.
+"""The command line: python3 -m utils lab | test | run | ask | serve | model | milvus | doctor.
 
 Standard library only: everything that needs a package is imported after the environment is there.
 """
@@ -32,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     test.add_argument("--quick", action="store_true", help="leave the notebooks out")
+    test.add_argument(
+        "--local-model",
+        action="store_true",
+        help="run the tests of the model server, and the notebooks, with the small local model (fetched if needed)",
+    )
 
     run = commands.add_parser("run", help="run notebooks without a browser")
     run.add_argument("notebooks", nargs="*", metavar="NN", help="numbers or names: 2, 02, 02_knowledge_assistant")
@@ -42,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
 
     commands.add_parser("serve", help="run the knowledge assistant as a service (settings: utils/hosting/config.py)")
+
+    model = commands.add_parser("model", help="fetch, list or remove language models for MODEL_PROVIDER=local")
+    model.add_argument("action", choices=["fetch", "list", "remove"])
+    model.add_argument(
+        "what", nargs="?", help="small, default, a GGUF file, or owner/repository of the Hugging Face hub"
+    )
 
     milvus = commands.add_parser("milvus", help="run a Milvus server in the foreground, without Docker")
     milvus.add_argument(
@@ -104,6 +115,11 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
     if options.command == "test":
         import pytest
 
+        if options.local_model:
+            from utils.local_models.command import model_command
+
+            model_command("fetch", "small")
+            return int(pytest.main(["--local-model"] + ["--quick"] * options.quick + rest))
         # Two at a time, since much of the suite waits for servers; with arguments, in order, as one expects of -x.
         side_by_side = [] if rest else ["-n", "2"]
         return int(pytest.main(["--quick"] * options.quick + side_by_side + rest))
@@ -119,6 +135,10 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         from utils.apps.knowledge_agent import main as serve
 
         return serve()
+    if options.command == "model":
+        from utils.local_models.command import model_command
+
+        return model_command(options.action, options.what)
     if options.command == "milvus":
         from utils.milvus_lab.command import milvus_command
 

@@ -136,6 +136,11 @@ def show_setup(folder: Path, always_lite: bool = False, own_milvus: bool = False
     settings = load_settings()
     found = models.connect(settings)
     print(f"model     {found.chat}")
+    if speed := models.model_speed(settings):
+        print(
+            f"          {speed.first_token_seconds:.1f} s to the first token of a short prompt, then "
+            f"{speed.tokens_per_second:.0f} tokens/s; prompts at {speed.prompt_tokens_per_second:.0f} tokens/s"
+        )
     print(f"embedder  {found.embedding}, {found.dimensions} dimensions")
     if own_milvus:
         print("milvus    a server of its own, which a cell below starts")

@@ -1,4 +1,4 @@
-"""The model and the embedder that answer: OpenAI, any OpenAI-compatible server, or the offline server.
+"""The model and the embedder that answer: OpenAI, any OpenAI-compatible server, a local model, or the offline one.
 
 The rest of the course never names a model or a server; it calls `chat_model()` and `embedder()`.
 """
@@ -19,9 +19,10 @@ from agno.knowledge.reranker.base import Reranker
 from agno.models.openai import OpenAIChat, OpenAILike
 from pydantic import Field
 
-from utils import offline
+from utils import local_models, offline
 from utils.errors import CourseError
-from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
+from utils.offline import DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL, LanguageModelFile, OfflineServer, Speed
+from utils.processes import ServerError
 from utils.settings import Settings, load_settings
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -137,9 +138,9 @@ class ServerReranker(Reranker):
 
 
 def reranker() -> ServerReranker:
-    """The reranker of the offline server, whichever model answers: OpenAI has none."""
+    """The reranker of this process's own server, whichever model answers: OpenAI has none."""
     _forget_dead_server()
-    endpoint = _offline_endpoint(RERANK_MODEL)
+    endpoint = _own_endpoint(load_settings(), RERANK_MODEL)
     return ServerReranker(base_url=endpoint.base_url, model=endpoint.model_id, api_key=endpoint.api_key)
 
 
@@ -175,8 +176,10 @@ def connect(settings: Settings) -> Models:
 
 @cache
 def _connect(settings: Settings) -> Models:
-    if settings.provider == "offline":
-        return Models(_offline_endpoint(CHAT_MODEL), _offline_endpoint(EMBEDDING_MODEL), DIMENSIONS)
+    if settings.provider in ("offline", "local"):
+        server = _own_server(settings)
+        chat = Endpoint(settings.provider, server.base_url, server.model, server.api_key)
+        return Models(chat, _own_endpoint(settings, EMBEDDING_MODEL), DIMENSIONS)
     url = settings.base_url or OPENAI_URL
     known = _list_models(url, settings.api_key)
     # Some servers need no key, but the client insists on one.
@@ -184,32 +187,51 @@ def _connect(settings: Settings) -> Models:
         settings.provider, url, _pick("MODEL_ID", settings.model_id, known, url), settings.api_key or "none"
     )
     if not settings.embedding_id:
-        return Models(chat, _offline_endpoint(EMBEDDING_MODEL), DIMENSIONS)
+        return Models(chat, _own_endpoint(settings, EMBEDDING_MODEL), DIMENSIONS)
     embedding = Endpoint(settings.provider, url, _pick("EMBEDDING_ID", settings.embedding_id, known, url), chat.api_key)
     return Models(chat, embedding, _measure_dimensions(embedding))
 
 
-@cache
-def _offline_server() -> offline.OfflineServer:
-    return offline.start(tokens_per_second=load_settings().offline_tokens_per_second)
+# By what they were started with: the offline one, and one for each language model.
+_servers: dict[LanguageModelFile | None, OfflineServer] = {}
 
 
-def _offline_endpoint(model_id: str) -> Endpoint:
-    server = _offline_server()
+def _own_server(settings: Settings) -> OfflineServer:
+    """This process's own server for these settings; started if it does not run."""
+    model = None
+    if settings.provider == "local":
+        file = local_models.find(settings.model_id)
+        model = LanguageModelFile(file.path, settings.local_context, settings.local_native_tools)
+    if model not in _servers:
+        try:
+            _servers[model] = offline.start(tokens_per_second=load_settings().offline_tokens_per_second, model=model)
+        except ServerError as error:
+            raise ModelError(str(error)) from None
+    return _servers[model]
+
+
+def _own_endpoint(settings: Settings, model_id: str) -> Endpoint:
+    """The embedder or the reranker of this process's own server, which needs no key and no network."""
+    server = _own_server(settings)
     return Endpoint("offline", server.base_url, model_id, server.api_key)
 
 
+def model_speed(settings: Settings) -> Speed | None:
+    """How fast the local model was when it started; None for any other provider."""
+    return _own_server(settings).speed if settings.provider == "local" else None
+
+
 def _forget_dead_server() -> None:
-    """If the offline server ended by itself, drop it and the endpoints found on it; the next use starts another."""
-    if _offline_server.cache_info().currsize and not _offline_server().process.running:
+    """If a server of our own ended by itself, drop all and the endpoints found on them; the next use starts others."""
+    if not all(server.process.running for server in _servers.values()):
         stop_offline()
 
 
 def stop_offline() -> None:
-    """Stop the offline server of this process, if it runs; the next `connect` starts another."""
-    if _offline_server.cache_info().currsize:
-        _offline_server().process.stop()
-    _offline_server.cache_clear()
+    """Stop the servers that this process started, if any; the next `connect` starts others."""
+    for server in _servers.values():
+        server.process.stop()
+    _servers.clear()
     _connect.cache_clear()
 
 

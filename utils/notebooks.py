@@ -26,7 +26,7 @@ from utils.errors import CourseError
 CELL_TIMEOUT = 120
 TABLE_BEGIN, TABLE_END = "<!-- path: begin (written by python3 -m utils run --save) -->", "<!-- path: end -->"
 # Everything that settings read; a learner's own keys and servers must not decide what is stored or tested.
-_SETTINGS = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "EMBEDDING_ID"]
+_SETTINGS = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "EMBEDDING_ID", "LOCAL_CONTEXT", "LOCAL_TOOLS"]
 _SETTINGS += ["MILVUS_URI", "MILVUS_LITE_PATH", "MILVUS_TOKEN", "LARGE_DATA", "COURSE_DATA"]
 
 

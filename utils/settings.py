@@ -1,11 +1,16 @@
 """Settings: environment variables and a `.env` file in the repository's folder become one frozen `Settings` object.
 
-    MODEL_PROVIDER    openai, compatible or offline (default: openai if OPENAI_API_KEY is set, compatible if
+    MODEL_PROVIDER    openai, compatible, local or offline (default: openai if OPENAI_API_KEY is set, compatible if
                       OPENAI_BASE_URL is set, else offline)
     OPENAI_API_KEY    the key of OpenAI or of the compatible server
     OPENAI_BASE_URL   URL of an OpenAI-compatible server, ending in /v1
-    MODEL_ID          chat model (default: openai: gpt-5.4-mini; compatible: the only model that the server lists)
+    MODEL_ID          chat model (default: openai: gpt-5.4-mini; compatible: the only model that the server lists;
+                      local: the larger of those that python3 -m utils model fetch brought; also a GGUF file's path)
     EMBEDDING_ID      embedding model (default: openai: text-embedding-3-small; compatible: the offline embedder)
+    LOCAL_CONTEXT     tokens that one request to the local model may have, its reply included (default: 8192)
+    LOCAL_TOOLS       policy: the local model writes a tool call when the policy finds one due; native: it decides by
+                      itself, for larger models that do this well (default: policy)
+    MODEL_FOLDER      folder for fetched models (default: the user's cache folder)
     OFFLINE_TOKENS_PER_SECOND  slows the offline model down to the pace of another one (default: 0, at once)
     MILVUS_URI        http://host:19530 of a server, or a path ending in .db for Milvus Lite (default: Milvus Lite in
                       the notebook's own folder)
@@ -30,7 +35,7 @@ from dotenv import dotenv_values
 from utils.bootstrap import ROOT
 from utils.errors import CourseError
 
-PROVIDERS = ("openai", "compatible", "offline")
+PROVIDERS = ("openai", "compatible", "local", "offline")
 # The one place that names OpenAI's models. gpt-5.4-mini is what Agno 3.1.10 itself defaults to.
 OPENAI_MODEL = "gpt-5.4-mini"
 OPENAI_EMBEDDING = "text-embedding-3-small"
@@ -45,13 +50,15 @@ class Settings:
     """What the learner chose. Keys and tokens are kept out of `repr`.
 
     Attributes:
-        provider: "openai", "compatible" or "offline".
+        provider: "openai", "compatible", "local" or "offline".
         api_key: OpenAI's key, or that of the compatible server ("" if it needs none).
         base_url: of the compatible server, without a final slash; "" otherwise.
-        model_id: chat model; "" means that the compatible server's only model is used.
+        model_id: chat model; "" means the compatible server's only model, or the largest fetched one.
         embedding_id: embedding model; "" means the offline embedder.
         milvus_uri: server URI or Lite path; "" means Lite in the notebook's own folder.
         milvus_token: credentials for the server; "" for none.
+        local_context: tokens that one request to the local model may have.
+        local_native_tools: whether the local model decides by itself when it calls a tool.
         offline_tokens_per_second: pace of the offline model; 0 for at once.
         telemetry: whether Agno may report runs.
         large_data: whether notebooks use their large data sets.
@@ -65,6 +72,8 @@ class Settings:
     embedding_id: str = ""
     milvus_uri: str = ""
     milvus_token: str = field(default="", repr=False)
+    local_context: int = 8192
+    local_native_tools: bool = False
     offline_tokens_per_second: int = 0
     telemetry: bool = False
     large_data: bool = False
@@ -106,24 +115,30 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
                 "for example http://localhost:11434/v1."
             )
         _check_url("OPENAI_BASE_URL", url)
-    if provider != "offline" and not (key.isascii() and key.isprintable() and " " not in key):
+    if provider in ("openai", "compatible") and not (key.isascii() and key.isprintable() and " " not in key):
         raise SettingsError("OPENAI_API_KEY holds a character that no key has; copy the key again.")
     uri = values.get("MILVUS_URI") or values.get("MILVUS_LITE_PATH", "")  # the latter is set by utils/__init__.py
     if uri.endswith(".db"):
         uri = str(read_path("MILVUS_URI", uri))
     elif uri:
         _check_url("MILVUS_URI", uri)
-    # The offline provider has a key and models of its own; what is set for another one does not concern it.
+    # The offline provider has a key and models of its own; what is set for another one does not concern it. The local
+    # one has a chat model to choose.
     chosen = {} if provider == "offline" else values
-    openai = provider == "openai"
+    openai, local = provider == "openai", provider == "local"
+    tools = values.get("LOCAL_TOOLS", "") or "policy"
+    if tools not in ("policy", "native"):
+        raise SettingsError(f"LOCAL_TOOLS is '{tools}'; set it to policy or native.")
     return Settings(
         provider=provider,
-        api_key=chosen.get("OPENAI_API_KEY", ""),
+        api_key="" if local else chosen.get("OPENAI_API_KEY", ""),
         base_url=url if provider == "compatible" else "",
         model_id=chosen.get("MODEL_ID") or (OPENAI_MODEL if openai else ""),
-        embedding_id=chosen.get("EMBEDDING_ID") or (OPENAI_EMBEDDING if openai else ""),
+        embedding_id=("" if local else chosen.get("EMBEDDING_ID", "")) or (OPENAI_EMBEDDING if openai else ""),
         milvus_uri=uri,
         milvus_token=values.get("MILVUS_TOKEN", ""),
+        local_context=read_number(values, "LOCAL_CONTEXT", 8192, 1024, 1_000_000),
+        local_native_tools=tools == "native",
         offline_tokens_per_second=read_number(values, "OFFLINE_TOKENS_PER_SECOND", 0, 0, 100_000),
         telemetry=read_truth(values, "AGNO_TELEMETRY"),
         large_data=read_truth(values, "LARGE_DATA"),

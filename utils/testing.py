@@ -1,7 +1,7 @@
 """The pytest plugin of the suite (named in .pytest.ini, so that it is there for whatever path is tested).
 
-It gives every test and notebook the same surroundings, sets nbval up, says what may run side by side, adds --quick, and
-prints the time per notebook.
+It gives every test and notebook the same surroundings, sets nbval up, says what may run side by side, adds --quick and
+--local-model, and prints the time per notebook.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _seconds: dict[str, float] = defaultdict(float)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out the notebooks and the tests that run them")
+    parser.addoption("--local-model", action="store_true", help="run what is about the model, with the small local one")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if config.getoption("--quick") and collection_path.suffix == ".ipynb":
+    left_out = config.getoption("--quick") or config.getoption("--local-model")
+    if left_out and collection_path.suffix == ".ipynb":
         return True
     return None
 
@@ -66,10 +68,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if hasattr(item, "output_timeout"):  # nbval's cell; its own 5 seconds are too few on a busy machine
             item.output_timeout = 30
-    if config.getoption("--quick"):
-        left_out = [item for item in items if item.get_closest_marker("notebook_run")]
+    left_out = [item for item in items if not _is_wanted(item, config)]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
+    marks = {mark.name for mark in item.iter_markers()}
+    if config.getoption("--quick") and "notebook_run" in marks:
+        return False
+    if config.getoption("--local-model"):
+        return bool(marks & {"model_server", "local_model"}) and "extractive" not in marks
+    return "local_model" not in marks
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,11 +1,17 @@
-"""The chat engine: tool calls by the policy, then an extractive answer."""
+"""What every engine has in common, and the extractive one: tool calls by the policy, then an answer made of quotes."""
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
+import re
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Protocol
 
+from starlette.concurrency import run_in_threadpool
+
+from utils.offline import CHAT_MODEL
 from utils.offline.answers import MAX_SENTENCES, MAX_WORDS, REFUSAL, Answer, Passage, find_answer
 from utils.offline.conversation import DELEGATE_TOOL, NO_DOCUMENTS, SEARCH_ERROR, SEARCH_TOOL, Conversation
 from utils.offline.policy import Decision, decide
@@ -22,10 +28,66 @@ NOTHING_GIVEN = (
 
 
 @dataclass(frozen=True)
-class Completion:
-    """The engine's reply to one request: either text or tool calls, and the token counts."""
+class End:
+    """How a reply ended: OpenAI's finish reason, and how many tokens were read and written."""
 
-    id: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+Piece = str | Decision | End
+
+
+class Engine(Protocol):
+    """What answers chat requests."""
+
+    model: str  # its name in requests and replies
+
+    def reply(self, request: ChatRequest) -> AsyncIterator[Piece]:
+        """Pieces of text or whole tool calls as they come, then the end.
+
+        Raises:
+            ApiError: before the first piece: the request is wrong, too long, or cannot be met.
+        """
+        ...
+
+    async def metrics(self) -> str:
+        """What the engine itself counts, in Prometheus's text format."""
+        ...
+
+
+class Extractive:
+    """The engine without a language model. The same request always gets the same reply.
+
+    Args:
+        tokens_per_second: how fast it replies, as a model that thinks would; 0 for at once.
+    """
+
+    model = CHAT_MODEL
+
+    def __init__(self, tokens_per_second: int = 0) -> None:
+        self._pause = 1 / tokens_per_second if tokens_per_second else 0.0
+
+    async def reply(self, request: ChatRequest) -> AsyncIterator[Piece]:
+        """See Engine."""
+        completion = await run_in_threadpool(complete, request)
+        words = re.findall(r"\S+\s*|\s+", completion.text)
+        for piece in (*completion.calls, *words):
+            yield piece
+            if self._pause:
+                await asyncio.sleep(self._pause)
+        yield End(completion.finish_reason, completion.prompt_tokens, completion.completion_tokens)
+
+    async def metrics(self) -> str:
+        """Nothing of its own."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The extractive engine's reply to one request: either text or tool calls, and the token counts."""
+
     text: str
     calls: tuple[Decision, ...]
     finish_reason: str
@@ -40,8 +102,7 @@ def complete(request: ChatRequest) -> Completion:
         ApiError: the request is wrong, too long, or asks for what the engine cannot do.
     """
     check_chat(request)
-    canonical = request.model_dump_json(exclude={"stream", "stream_options"})
-    prompt_tokens = len(token_ids(canonical))
+    prompt_tokens = len(token_ids(request.canonical))
     if prompt_tokens > CONTEXT_TOKENS:
         raise ApiError(
             f"This model's maximum context length is {CONTEXT_TOKENS} tokens. "
@@ -49,14 +110,13 @@ def complete(request: ChatRequest) -> Completion:
             param="messages",
             code="context_length_exceeded",
         )
-    identity = hashlib.sha256(canonical.encode()).hexdigest()[:24]
     conversation = Conversation(tuple(request.messages))
     calls = tuple(decide(request, conversation))
     if calls:
         tokens = sum(len(token_ids(call.name + json.dumps(call.arguments))) for call in calls)
-        return Completion(identity, "", calls, "tool_calls", prompt_tokens, tokens)
+        return Completion("", calls, "tool_calls", prompt_tokens, tokens)
     text, reason = _cut(_reply(request, conversation), request)
-    return Completion(identity, text, (), reason, prompt_tokens, len(token_ids(text)))
+    return Completion(text, (), reason, prompt_tokens, len(token_ids(text)))
 
 
 def _reply(request: ChatRequest, conversation: Conversation) -> str:

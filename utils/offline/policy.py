@@ -1,4 +1,7 @@
-"""Which tools the offline engine calls, and with what: a fixed policy, one rule per kind of tool.
+"""When a tool is due, and with what: a fixed policy, one rule per kind of tool.
+
+The extractive engine makes these calls as they are. A small language model rarely calls a tool of its own accord, so it
+is asked for its calls when the policy finds them due, and writes their arguments itself (model.py).
 
 Each rule with its tools and when a call is due:
 
@@ -24,6 +27,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from utils.offline.conversation import SEARCH_TOOL, Conversation
@@ -46,11 +50,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a kind of tool is due. `due` returns the arguments of each call to make now, none if it is not due."""
+    """When a kind of tool is due. `due` returns the arguments of each call to make now, none if it is not due.
+
+    With `alternatives`, tools of this kind serve the same end, so that another one may be called in place of the first.
+    """
 
     kind: str
     tools: re.Pattern[str]
     due: Callable[[Function, Conversation], list[Arguments]]
+    alternatives: bool = False
 
 
 def decide(request: ChatRequest, conversation: Conversation) -> list[Decision]:
@@ -59,29 +67,45 @@ def decide(request: ChatRequest, conversation: Conversation) -> list[Decision]:
     Raises:
         ApiError: a forced tool has a required argument that the conversation does not hold.
     """
+    tools = allowed_tools(request)
+    calls = [choices[0] for choices in due_calls(request, conversation)]
+    if not calls and tools and request.tool_choice not in (None, "auto"):
+        calls = [_forced(tools, conversation)]
+    return calls
+
+
+def allowed_tools(request: ChatRequest) -> list[Function]:
+    """The tools that may be called now: none, the one that `tool_choice` names, or all that are offered."""
     tools = [tool.function for tool in request.tools or []]
-    choice = request.tool_choice or "auto"
-    if not tools or choice == "none":
-        return []
+    choice = request.tool_choice
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.name == choice.function.name]
-    decisions = _due(tools, conversation)
-    if not decisions and choice != "auto":
-        decisions = [_forced(tools, conversation)]
-    return decisions if request.parallel_tool_calls else decisions[:1]
+        return [tool for tool in tools if tool.name == choice.function.name]
+    return [] if choice == "none" else tools
 
 
-def _due(tools: Sequence[Function], conversation: Conversation) -> list[Decision]:
+def due_calls(request: ChatRequest, conversation: Conversation) -> list[tuple[Decision, ...]]:
+    """The calls that are due now, each as its alternatives: a call by every tool that could make it, in their order."""
     for rule in RULES:
-        for tool in tools:
-            calls = rule.due(tool, conversation) if rule is _rule_of(tool) else []
-            if calls:
-                return [Decision(tool.name, arguments) for arguments in calls]
+        due = (
+            [Decision(tool.name, arguments) for arguments in rule.due(tool, conversation)]
+            for tool in allowed_tools(request)
+            if rule is _rule_of(tool)
+        )
+        first, *others = [calls for calls in due if calls] or [[]]
+        if first:
+            rows = zip_longest(first, *others if rule.alternatives else ())
+            calls = [tuple(filter(None, row)) for row in rows][: len(first)]
+            return calls if request.parallel_tool_calls else calls[:1]
     return []
 
 
 def _rule_of(tool: Function) -> Rule:
     return next(rule for rule in RULES if rule.tools.search(tool.name))
+
+
+def is_known(tool: Function) -> bool:
+    """Whether a rule of its own says how the tool is called; of any other tool the policy knows the schema only."""
+    return _rule_of(tool).kind != "other"
 
 
 def _forced(tools: Sequence[Function], conversation: Conversation) -> Decision:
@@ -194,7 +218,7 @@ def _other(tool: Function, conversation: Conversation) -> list[Arguments]:
 RULES: tuple[Rule, ...] = (
     Rule("memory", re.compile(r"^(update_user_memory|add_memory)$"), _memory),
     Rule("history", re.compile(r"^(get_chat_history|search_past_sessions)$"), _history),
-    Rule("search", SEARCH_TOOL, _search),
+    Rule("search", SEARCH_TOOL, _search, alternatives=True),
     Rule("broadcast", re.compile(r"^delegate_task_to_members$"), _broadcast),
     Rule("delegate", re.compile(r"^delegate_task_to_member$"), _delegate),
     Rule("tasks", re.compile(r"^(create_task|execute_task|mark_all_complete)$"), _tasks),
@@ -207,7 +231,7 @@ RULES: tuple[Rule, ...] = (
         ),
         _never,
     ),
-    Rule("other", re.compile(r""), _other),
+    Rule("other", re.compile(r""), _other, alternatives=True),
 )
 
 

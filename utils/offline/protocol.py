@@ -7,6 +7,7 @@ engine (n > 1, logprobs, audio) is refused, as is a field that OpenAI does not k
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, Literal, TypeVar
 
@@ -141,7 +142,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
-    # Accepted without effect: the engine does not sample.
+    # These have an effect with a language model only: the extractive engine does not sample.
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -157,6 +158,16 @@ class ChatRequest(_Strict):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     modalities: list[Literal["text"]] | None = None
+
+    @property
+    def canonical(self) -> str:
+        """The request as text; whether it is streamed makes no difference to it."""
+        return self.model_dump_json(exclude={"stream", "stream_options"})
+
+    @property
+    def identity(self) -> str:
+        """24 hexadecimal digits; the same request has the same."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()[:24]
 
     @property
     def token_limit(self) -> int | None:

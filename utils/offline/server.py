@@ -1,4 +1,4 @@
-"""The HTTP side of the offline server: OpenAI's routes over the engine."""
+"""The HTTP side of the offline server: OpenAI's routes over an engine, and what they measure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import base64
 import hmac
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
+from utils.offline import DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL
 from utils.offline.answers import relevance
-from utils.offline.engine import Completion, complete
+from utils.offline.engine import End, Engine, Piece
+from utils.offline.meter import Meter
+from utils.offline.policy import Decision
 from utils.offline.protocol import (
     MAX_BATCH,
     MAX_INPUT_TOKENS,
@@ -31,51 +33,54 @@ from utils.offline.protocol import (
 from utils.offline.text import embed, token_ids
 
 EMBEDDING_SIZES = (64, 128, 256)
-MODELS = (CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL)
 # The same request gets the same bytes, so the creation time is a constant (2026-01-01).
 _CREATED = 1_767_225_600
+_Result = TypeVar("_Result")
 
 
-def create_app(api_key: str, tokens_per_second: int = 0) -> Starlette:
+def create_app(api_key: str, engine: Engine) -> Starlette:
     """The application.
 
     Args:
-        api_key: every route but /health asks for `Authorization: Bearer <api_key>`.
-        tokens_per_second: how fast answers are given out, as a model that thinks would; 0 for at once.
+        api_key: every route but /health and /metrics asks for `Authorization: Bearer <api_key>`.
+        engine: answers the chat requests.
     """
-
-    async def paced(completion: Completion, usage: bool) -> AsyncIterator[str]:
-        for event in _events(completion, usage):
-            yield event
-            if tokens_per_second:
-                await asyncio.sleep(1 / tokens_per_second)
+    known = (engine.model, EMBEDDING_MODEL, RERANK_MODEL)
+    meter = Meter()
 
     def authorize(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
             raise ApiError("Incorrect API key provided.", status=401, code="invalid_api_key")
 
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "models": known})
+
+    async def metrics(request: Request) -> Response:
+        return Response(meter.text() + await engine.metrics(), media_type="text/plain; version=0.0.4")
+
     async def models(request: Request) -> Response:
         authorize(request)
-        return JSONResponse({"object": "list", "data": [_model_body(name) for name in MODELS]})
+        return JSONResponse({"object": "list", "data": [_model_body(name) for name in known]})
 
     async def model(request: Request) -> Response:
         authorize(request)
         name = request.path_params["name"]
-        _check_model(name, MODELS)
+        _check_model(name, known)
         return JSONResponse(_model_body(name))
 
     async def chat(request: Request) -> Response:
         authorize(request)
         asked = parse(ChatRequest, await request.body())
-        _check_model(asked.model, (CHAT_MODEL,))
-        completion = await run_in_threadpool(complete, asked)
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(paced(completion, usage), media_type="text/event-stream")
-        if tokens_per_second:
-            await asyncio.sleep(completion.completion_tokens / tokens_per_second)
-        return JSONResponse(_chat_body(completion))
+        _check_model(asked.model, (engine.model,))
+        pieces = meter.measured(engine.reply(asked))
+        if not asked.stream:
+            return JSONResponse(_chat_body(asked, await _unless_gone(request, _all_of(pieces))))
+        first = await _unless_gone(
+            request, _first_of(pieces)
+        )  # an error before the first piece has a status of its own
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(_events(asked, first, pieces, usage), media_type="text/event-stream")
 
     async def embeddings(request: Request) -> Response:
         authorize(request)
@@ -91,19 +96,22 @@ def create_app(api_key: str, tokens_per_second: int = 0) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/health", _health),
+            Route("/health", health),
+            Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
             Route("/v1/rerank", rerank, methods=["POST"]),
         ],
-        exception_handlers={ApiError: _api_error, 404: _unknown_url, 405: _unknown_url, 500: _failed},
+        exception_handlers={
+            ApiError: _api_error,
+            ClientDisconnect: _nobody_waits,
+            404: _unknown_url,
+            405: _unknown_url,
+            500: _failed,
+        },
     )
-
-
-async def _health(request: Request) -> Response:
-    return JSONResponse({"status": "ok", "models": MODELS})
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -111,11 +119,15 @@ async def _api_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, status_code=error.status)
 
 
+async def _nobody_waits(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # as nginx logs it; nobody reads it
+
+
 async def _unknown_url(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     message = (
         f"Unknown request URL: {request.method} {request.url.path}. This server has POST /v1/chat/completions, "
-        "POST /v1/embeddings, POST /v1/rerank, GET /v1/models and GET /health."
+        "POST /v1/embeddings, POST /v1/rerank, GET /v1/models, GET /health and GET /metrics."
     )
     return JSONResponse(ApiError(message, code="unknown_url").body, status_code=status)
 
@@ -143,65 +155,95 @@ def _usage(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _tool_calls(completion: Completion) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"call_{completion.id}{number:02d}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-        }
-        for number, call in enumerate(completion.calls)
-    ]
+async def _first_of(pieces: AsyncIterator[Piece]) -> Piece:
+    return await anext(pieces)
 
 
-def _chat_body(completion: Completion) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": None if completion.calls else completion.text,
-        "refusal": None,
-    }
-    if completion.calls:
-        message["tool_calls"] = _tool_calls(completion)
+async def _all_of(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`, which is given up when the client hangs up: a language model would go on for nobody."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def _tool_call(asked: ChatRequest, number: int, call: Decision) -> dict[str, Any]:
     return {
-        "id": f"chatcmpl-{completion.id}",
+        "id": f"call_{asked.identity}{number:02d}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+    }
+
+
+def _chat_body(asked: ChatRequest, pieces: list[Piece]) -> dict[str, Any]:
+    calls = [piece for piece in pieces if isinstance(piece, Decision)]
+    text = "".join(piece for piece in pieces if isinstance(piece, str))
+    end = pieces[-1]
+    assert isinstance(end, End)
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if calls:
+        message["tool_calls"] = [_tool_call(asked, number, call) for number, call in enumerate(calls)]
+    return {
+        "id": f"chatcmpl-{asked.identity}",
         "object": "chat.completion",
         "created": _CREATED,
-        "model": CHAT_MODEL,
-        "choices": [{"index": 0, "message": message, "finish_reason": completion.finish_reason, "logprobs": None}],
-        "usage": _usage(completion.prompt_tokens, completion.completion_tokens),
+        "model": asked.model,
+        "choices": [{"index": 0, "message": message, "finish_reason": end.finish_reason, "logprobs": None}],
+        "usage": _usage(end.prompt_tokens, end.completion_tokens),
     }
 
 
-def _events(completion: Completion, include_usage: bool) -> Iterator[str]:
-    """Server-sent events: the role, the answer word by word or the calls (name, then arguments in pieces), the end."""
+async def _events(
+    asked: ChatRequest, first: Piece, others: AsyncIterator[Piece], include_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: the role, the text in pieces or the calls (name, then arguments in pieces), the end."""
+
+    def event(body: dict[str, Any]) -> str:
+        # Escaped to ASCII: some clients also end a line at U+2028 and the like.
+        return f"data: {json.dumps(body)}\n\n"
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        body = {
-            "id": f"chatcmpl-{completion.id}",
-            "object": "chat.completion.chunk",
-            "created": _CREATED,
-            "model": CHAT_MODEL,
-        }
-        # Escaped to ASCII: some clients also end a line at U+2028 and the like.
-        return f"data: {json.dumps({**body, 'choices': choices, **more})}\n\n"
+        kind = {"id": f"chatcmpl-{asked.identity}", "object": "chat.completion.chunk", "created": _CREATED}
+        return event({**kind, "model": asked.model, "choices": choices, **more})
 
     def delta(content: dict[str, Any], reason: str | None = None) -> str:
         more = {"usage": None} if include_usage else {}
         return chunk([{"index": 0, "delta": content, "finish_reason": reason, "logprobs": None}], **more)
 
-    yield delta({"role": "assistant", "content": None if completion.calls else ""})
-    for number, call in enumerate(_tool_calls(completion)):
-        arguments = call["function"]["arguments"]
-        yield delta(
-            {"tool_calls": [{"index": number, **call, "function": {"name": call["function"]["name"], "arguments": ""}}]}
-        )
-        for piece in re.findall(r"\S+\s*|\s+", arguments):
-            yield delta({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
-    for piece in re.findall(r"\S+\s*|\s+", completion.text):
-        yield delta({"content": piece})
-    yield delta({}, completion.finish_reason)
+    yield delta({"role": "assistant", "content": None if isinstance(first, Decision) else ""})
+    piece, number = first, 0
+    try:
+        while not isinstance(piece, End):
+            if isinstance(piece, str):
+                yield delta({"content": piece})
+            else:
+                call = _tool_call(asked, number, piece)
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                yield delta({"tool_calls": [{"index": number, **call, "function": {"name": name, "arguments": ""}}]})
+                for part in re.findall(r"\S+\s*|\s+", arguments):
+                    yield delta({"tool_calls": [{"index": number, "function": {"arguments": part}}]})
+                number += 1
+            piece = await anext(others)
+    except ApiError as error:  # too late for a status
+        yield event(error.body)
+        return
+    yield delta({}, piece.finish_reason)
     if include_usage:
-        yield chunk([], usage=_usage(completion.prompt_tokens, completion.completion_tokens))
+        yield chunk([], usage=_usage(piece.prompt_tokens, piece.completion_tokens))
     yield "data: [DONE]\n\n"
 
 
