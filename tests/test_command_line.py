@@ -127,7 +127,7 @@ def test_serve_with_a_wrong_setting_is_one_sentence(
     assert shown.err.startswith("error: SERVICE_HOST 0.0.0.0 opens the service to the network without a key")
 
 
-def test_test_passes_arguments_on_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_passes_arguments_on_to_pytest(inside: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def pytest_main(given: list[str]) -> int:
@@ -143,7 +143,7 @@ def test_quick_leaves_out_notebooks_and_the_tests_that_run_them(tmp_path: Path) 
     root = tmp_path / "course"
     for folder in ("utils", "notebooks", "tests"):
         (root / folder).mkdir(parents=True)
-    for name in ("__init__", "bootstrap", "errors", "notebooks", "testing"):
+    for name in ("__init__", "bootstrap", "errors", "notebooks", "settings", "testing"):
         shutil.copy(ROOT / "utils" / f"{name}.py", root / "utils")
     shutil.copy(ROOT / ".pytest.ini", root)
     shutil.copy(ROOT / "tests" / "nbval_sanitize.cfg", root / "tests")

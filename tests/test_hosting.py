@@ -64,6 +64,7 @@ def test_without_settings_it_listens_on_this_machine_only(tmp_path: Path) -> Non
         ({"UPLOAD_LIMIT_MB": "1"}, "upload_limit", 2**20),
         ({"UPLOAD_TYPES": ".MD, pdf"}, "upload_types", ("md", "pdf")),
         ({"MODEL_TIMEOUT": "5"}, "model_timeout", 5),
+        ({"MODEL_PROVIDER": "local"}, "model_timeout", 600),
         ({"SHUTDOWN_SECONDS": "0"}, "shutdown_seconds", 0),
         ({"LOG_LEVEL": "debug"}, "log_level", "DEBUG"),
         ({"SERVICE_PORT": "", "LOG_LEVEL": " "}, "log_level", "INFO"),

@@ -1,4 +1,7 @@
-"""OpenAI's API as the offline server speaks it: a real server, the official client, and raw HTTP."""
+"""OpenAI's API as the offline server speaks it: a real server, the official client, and raw HTTP.
+
+All of it holds for both engines, except what is marked `extractive`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import base64
 import enum
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +18,7 @@ import jsonschema_rs
 import numpy as np
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline_messages import (
     BACKUP,
@@ -37,30 +40,63 @@ from offline_messages import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
-from utils.offline import CHAT_MODEL, DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL, OfflineServer
+from utils.offline import DIMENSIONS, EMBEDDING_MODEL, RERANK_MODEL, OfflineServer
+
+pytestmark = pytest.mark.model_server
+extractive = pytest.mark.extractive
 
 QUOTED = "Milvus listens for clients on port 19530."
 TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
+MEMORY = "<memories_from_previous_interactions>\n- My name is Ada.\n</memories_from_previous_interactions>"
+NAME = "What is my name?"
+
+
+Ask = Callable[..., Any]
+Body = Callable[..., Json]
 
 
 @pytest.fixture(scope="session")
 def http(offline_server: OfflineServer) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {offline_server.api_key}"}
     root = offline_server.base_url.removesuffix("/v1")
-    with httpx.Client(base_url=root, headers=headers, timeout=60, trust_env=False) as made:
+    with httpx.Client(base_url=root, headers=headers, timeout=300, trust_env=False) as made:
         yield made
 
 
-def chat(client: openai.OpenAI, messages: Any, **options: Any) -> Any:
-    return client.chat.completions.create(model=CHAT_MODEL, messages=messages, **options)
+@pytest.fixture(scope="session")
+def chat(client: openai.OpenAI, offline_server: OfflineServer) -> Ask:
+    """Asks the model for a chat completion."""
+
+    def ask(messages: Any, **options: Any) -> Any:
+        return client.chat.completions.create(model=offline_server.model, messages=messages, **options)
+
+    return ask
 
 
-def text_of(client: openai.OpenAI, messages: list[Json], **options: Any) -> str:
-    return str(chat(client, messages, **options).choices[0].message.content)
+@pytest.fixture(scope="session")
+def body(offline_server: OfflineServer) -> Body:
+    """Makes the body of a chat request."""
+
+    def make(messages: list[Json], **options: Any) -> Json:
+        return {"model": offline_server.model, "messages": messages, **options}
+
+    return make
 
 
-def body(messages: list[Json], **options: Any) -> Json:
-    return {"model": CHAT_MODEL, "messages": messages, **options}
+@pytest.fixture(scope="session")
+def examples(request: pytest.FixtureRequest) -> settings:
+    """How many examples are tried; a language model takes a second for each."""
+    return settings(modest, max_examples=6) if request.config.getoption("--local-model") else modest
+
+
+def text_of(chat: Ask, messages: list[Json], **options: Any) -> str:
+    return str(chat(messages, **options).choices[0].message.content)
+
+
+def warm_up(chat: Ask, messages: list[Json], **options: Any) -> None:
+    """Let llama.cpp read a prompt. With it in its cache it rounds a little differently, so an answer that follows may
+    differ from the first one; from then on they are all the same."""
+    chat(messages, **{**options, "max_tokens": 1})
 
 
 def assert_error(response: httpx.Response, *statuses: int) -> Json:
@@ -75,9 +111,9 @@ def assert_error(response: httpx.Response, *statuses: int) -> Json:
 # Models and health
 
 
-def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
+def test_models_are_listed_and_found_by_name(client: openai.OpenAI, offline_server: OfflineServer) -> None:
     listed = list(client.models.list())
-    assert [model.id for model in listed] == [CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL]
+    assert [model.id for model in listed] == [offline_server.model, EMBEDDING_MODEL, RERANK_MODEL]
     assert [client.models.retrieve(model.id) for model in listed] == listed
 
 
@@ -85,7 +121,7 @@ def test_health_needs_no_key_and_everything_else_does(http: httpx.Client) -> Non
     assert httpx.get(f"{http.base_url}/health", trust_env=False).json()["status"] == "ok"
     for method, path in (
         ("GET", "v1/models"),
-        ("GET", f"v1/models/{CHAT_MODEL}"),
+        ("GET", f"v1/models/{EMBEDDING_MODEL}"),
         ("POST", "v1/chat/completions"),
         ("POST", "v1/embeddings"),
         ("POST", "v1/rerank"),
@@ -95,58 +131,101 @@ def test_health_needs_no_key_and_everything_else_does(http: httpx.Client) -> Non
             assert assert_error(response, 401)["code"] == "invalid_api_key"
 
 
+def test_metrics_count_replies_their_tokens_and_their_speed(http: httpx.Client, chat: Ask) -> None:
+    names = ['requests_total{outcome="stop"}', 'requests_total{outcome="tool_calls"}', 'tokens_total{kind="prompt"}']
+    names += ['tokens_total{kind="completion"}', "time_to_first_token_seconds_count", "tokens_per_second_count"]
+
+    def read() -> list[float]:
+        response = httpx.get(f"{http.base_url}/metrics", timeout=60, trust_env=False)  # without a key
+        values = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+        return [float(values.get(f"model_{name}", 0)) for name in names]
+
+    def counted(ask: Callable[[], Any]) -> list[float]:
+        before, usage = read(), ask().usage
+        *numbers, firsts, speeds = [now - then for now, then in zip(read(), before, strict=True)]
+        assert numbers[2:] == [usage.prompt_tokens, usage.completion_tokens]
+        return [*numbers[:2], firsts, speeds]
+
+    assert counted(lambda: chat(searched(PORT_QUESTION, BOTH))) == [1, 0, 1, 1]
+    assert counted(lambda: chat([user(PORT_QUESTION)], tools=[SEARCH])) == [0, 1, 1, 0]
+
+
 # Chat
 
 
-def test_a_chat_completion_has_openais_form(client: openai.OpenAI) -> None:
-    completion = chat(client, searched(PORT_QUESTION, BOTH), tools=[SEARCH])
+def test_a_chat_completion_has_openais_form(chat: Ask, offline_server: OfflineServer) -> None:
+    completion = chat(searched(PORT_QUESTION, BOTH), tools=[SEARCH])
     choice = completion.choices[0]
-    assert (completion.object, completion.model, len(completion.choices)) == ("chat.completion", CHAT_MODEL, 1)
+    assert (completion.object, completion.model) == ("chat.completion", offline_server.model)
+    assert len(completion.choices) == 1
     assert (choice.finish_reason, choice.message.role, choice.message.tool_calls) == ("stop", "assistant", None)
-    assert choice.message.content == f"{QUOTED} [milvus-ports]"
+    assert choice.message.content
     usage = completion.usage
     assert usage.prompt_tokens > 20 and usage.completion_tokens > 5
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_the_async_client_gets_the_same(client: openai.OpenAI, offline_server: OfflineServer) -> None:
+@extractive
+def test_an_answer_quotes_what_the_search_returned(chat: Ask) -> None:
+    assert text_of(chat, searched(PORT_QUESTION, BOTH), tools=[SEARCH]) == f"{QUOTED} [milvus-ports]"
+
+
+def test_the_async_client_gets_the_same(chat: Ask, offline_server: OfflineServer) -> None:
+    name = offline_server.model
+
     async def ask() -> tuple[Any, str, list[str]]:
         async with openai.AsyncOpenAI(base_url=offline_server.base_url, api_key=offline_server.api_key) as other:
             messages: Any = searched(PORT_QUESTION, BOTH)
-            whole = await other.chat.completions.create(model=CHAT_MODEL, messages=messages)
-            stream = await other.chat.completions.create(model=CHAT_MODEL, messages=messages, stream=True)
+            whole = await other.chat.completions.create(model=name, messages=messages)
+            stream = await other.chat.completions.create(model=name, messages=messages, stream=True)
             streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
             return whole, streamed, [model.id async for model in other.models.list()]
 
+    warm_up(chat, searched(PORT_QUESTION, BOTH))
     whole, streamed, models = asyncio.run(ask())
-    assert whole == chat(client, searched(PORT_QUESTION, BOTH))
+    assert whole == chat(searched(PORT_QUESTION, BOTH))
     assert streamed == whole.choices[0].message.content
-    assert CHAT_MODEL in models
+    assert name in models
 
 
-def test_content_parts_and_the_developer_role_are_read(client: openai.OpenAI) -> None:
+def test_content_parts_and_the_developer_role_are_read(chat: Ask) -> None:
     parts = [{"type": "text", "text": part} for part in ("Which port does Milvus", "listen on for clients?")]
     whole = searched(PORT_QUESTION.replace("Milvus listen", "Milvus\nlisten"), BOTH)
-    assert text_of(client, [user(parts), *whole[1:]]) == text_of(client, whole) == f"{QUOTED} [milvus-ports]"
-    memory = "<memories_from_previous_interactions>\n- My name is Ada.\n</memories_from_previous_interactions>"
-    for role in ("system", "developer"):
-        answer = text_of(client, [{"role": role, "content": memory}, user("What is my name?")])
-        assert answer == "You told me: My name is Ada."
+    warm_up(chat, whole)
+    assert text_of(chat, [user(parts), *whole[1:]]) == text_of(chat, whole)
+    warm_up(chat, [system(MEMORY), user(NAME)])
+    told = [text_of(chat, [{"role": role, "content": MEMORY}, user(NAME)]) for role in ("system", "developer")]
+    assert told[0] == told[1] != text_of(chat, [user(NAME)])
 
 
-def test_fields_without_effect_have_none(client: openai.OpenAI) -> None:
-    plain = text_of(client, searched(PORT_QUESTION, BOTH))
-    options = {"temperature": 2, "top_p": 0.1, "seed": 7, "user": "u", "presence_penalty": 1, "logit_bias": {"1": 5}}
-    options |= {"n": 1, "store": False, "metadata": {"a": "b"}, "reasoning_effort": "low", "logprobs": False}
-    assert text_of(client, searched(PORT_QUESTION, BOTH), **options) == plain
+@extractive
+def test_a_memory_in_the_instructions_is_told(chat: Ask) -> None:
+    assert text_of(chat, [system(MEMORY), user(NAME)]) == "You told me: My name is Ada."
+
+
+WITHOUT_EFFECT: Json = {"user": "u", "logit_bias": {"1": 5}, "n": 1, "store": False, "metadata": {"a": "b"}}
+WITHOUT_EFFECT |= {"reasoning_effort": "low", "logprobs": False}
+
+
+def test_fields_without_effect_have_none(chat: Ask) -> None:
+    messages = searched(PORT_QUESTION, BOTH)
+    warm_up(chat, messages)
+    assert text_of(chat, messages, **WITHOUT_EFFECT) == text_of(chat, messages)
+
+
+@extractive
+def test_how_to_sample_is_nothing_to_an_engine_that_does_not(chat: Ask) -> None:
+    messages = searched(PORT_QUESTION, BOTH)
+    options = {"temperature": 2, "top_p": 0.1, "seed": 7, "presence_penalty": 1}
+    assert text_of(chat, messages, **options) == text_of(chat, messages)
 
 
 # Streaming
 
 
-def assembled(client: openai.OpenAI, messages: list[Json], **options: Any) -> tuple[Json, str, list[Any]]:
+def assembled(chat: Ask, messages: list[Json], **options: Any) -> tuple[Json, str, list[Any]]:
     """The message that a stream adds up to, its finish reason, and its chunks."""
-    chunks = list(chat(client, messages, stream=True, **options))
+    chunks = list(chat(messages, stream=True, **options))
     message: Json = {"content": None, "tool_calls": []}
     reasons = []
     for chunk in chunks:
@@ -163,23 +242,25 @@ def assembled(client: openai.OpenAI, messages: list[Json], **options: Any) -> tu
 
 
 SEPARATED = "a\u2028b\u2029c\u0085d\u000be\u001cf\r\ng\t\u00a0h"
+EXACTLY: Json = {"type": "object", "properties": {"text": {"const": SEPARATED}}, "required": ["text"]}
 STREAMED: dict[str, tuple[list[Json], Json]] = {
     "answer": (searched(TWO_QUESTIONS, BOTH), {}),
-    "refusal": (searched(OTHER_QUESTION, BOTH), {}),
+    "refusal": (searched(OTHER_QUESTION, BOTH), {"max_tokens": 60}),
     "one call": ([user(PORT_QUESTION)], {"tools": [SEARCH]}),
     "two calls": ([user(TWO_QUESTIONS)], {"tools": [SEARCH]}),
     "no arguments": ([user("x")], {"tools": [tool("now")], "tool_choice": "required"}),
     "json": (searched(PORT_QUESTION, BOTH), {"response_format": json_schema({"type": "object", "properties": {}})}),
     "cut": (searched(PORT_QUESTION, BOTH), {"max_tokens": 3}),
     "empty": (searched(PORT_QUESTION, BOTH), {"stop": ["M"]}),
-    "line separators": ([user("x"), *called("f", {}, SEPARATED)], {}),
+    "line separators": ([user("x")], {"response_format": json_schema(EXACTLY)}),
 }
 
 
 @pytest.mark.parametrize(("messages", "options"), STREAMED.values(), ids=STREAMED)
-def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, messages: list[Json], options: Json) -> None:
-    message, reason, chunks = assembled(client, messages, **options)
-    whole = chat(client, messages, **options)
+def test_a_stream_adds_up_to_the_whole_answer(chat: Ask, messages: list[Json], options: Json) -> None:
+    warm_up(chat, messages, **options)
+    message, reason, chunks = assembled(chat, messages, **options)
+    whole = chat(messages, **options)
     expected = whole.choices[0].message
     calls = [(call.id, call.function.name, call.function.arguments) for call in expected.tool_calls or []]
     assert message["content"] == expected.content
@@ -187,79 +268,112 @@ def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, messages: l
     assert reason == whole.choices[0].finish_reason
     assert {chunk.id for chunk in chunks} == {whole.id}
     assert chunks[0].choices[0].delta.role == "assistant"
-    pieces = len((expected.content or "").split())
-    assert len(chunks) >= 2 + pieces
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
 
-def test_the_stream_has_the_usage_only_if_asked(client: openai.OpenAI) -> None:
+def test_words_come_one_by_one(chat: Ask) -> None:
+    message, _, chunks = assembled(chat, searched(PORT_QUESTION, BOTH))
+    assert len(chunks) >= 2 + len(message["content"].split()) > 5
+
+
+def test_the_stream_has_the_usage_only_if_asked(chat: Ask) -> None:
     messages = searched(PORT_QUESTION, BOTH)
-    *chunks, last = chat(client, messages, stream=True, stream_options={"include_usage": True})
-    assert last.choices == [] and last.usage == chat(client, messages).usage
+    warm_up(chat, messages)
+    *chunks, last = chat(messages, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage == chat(messages).usage
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
 
-def test_the_event_stream_is_read_by_any_client(http: httpx.Client) -> None:
+def test_the_event_stream_is_read_by_any_client(http: httpx.Client, body: Body) -> None:
     """Only line breaks may end a line of it, also for clients that take every Unicode line separator for one."""
-    asked = body([user("x"), *called("f", {}, SEPARATED)], stream=True)
+    asked = body([user("x")], response_format=json_schema(EXACTLY), stream=True)
     with http.stream("POST", "/v1/chat/completions", json=asked) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         *lines, last = [line for line in response.iter_lines() if line]
     assert last == "data: [DONE]"
     deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
-    assert "".join(delta.get("content") or "" for delta in deltas) == f"f returned: {SEPARATED}"
+    assert json.loads("".join(delta.get("content") or "" for delta in deltas)) == {"text": SEPARATED}
 
 
-def test_an_error_before_a_stream_is_an_error(client: openai.OpenAI) -> None:
+@extractive
+def test_what_a_tool_returned_is_told_to_the_letter(chat: Ask) -> None:
+    assert text_of(chat, [user("x"), *called("f", {}, SEPARATED)]) == f"f returned: {SEPARATED}"
+
+
+def test_an_error_before_a_stream_is_an_error(chat: Ask) -> None:
     with pytest.raises(openai.BadRequestError):
-        chat(client, [user("x")], stream=True, stop=["a"] * 5)
+        chat([user("x")], stream=True, stop=["a"] * 5)
 
 
 # Tools
 
 
-def calls_of(client: openai.OpenAI, messages: list[Json], **options: Any) -> list[tuple[str, Json]]:
-    choice = chat(client, messages, **options).choices[0]
+def calls_of(chat: Ask, messages: list[Json], **options: Any) -> list[tuple[str, Json]]:
+    choice = chat(messages, **options).choices[0]
     calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or []]
-    assert choice.finish_reason == ("tool_calls" if calls else "stop")
+    assert (choice.finish_reason == "tool_calls") == bool(calls)
     assert (choice.message.content is None) == bool(calls)
     return calls
 
 
-def test_it_searches_with_the_question_and_answers_with_what_came_back(client: openai.OpenAI) -> None:
-    assert calls_of(client, [user(PORT_QUESTION)], tools=[SEARCH]) == [
+def names_of(calls: list[tuple[str, Json]]) -> list[str]:
+    """The names of the called tools, each of which got what a search needs."""
+    for _, arguments in calls:
+        assert list(arguments) == ["query"] and 0 < len(arguments["query"].strip()) <= 500
+    return [name for name, _ in calls]
+
+
+def test_it_searches_and_then_answers(chat: Ask) -> None:
+    assert names_of(calls_of(chat, [user(PORT_QUESTION)], tools=[SEARCH])) == ["search_knowledge_base"]
+    assert calls_of(chat, searched(PORT_QUESTION, BOTH), tools=[SEARCH]) == []
+
+
+@extractive
+def test_it_searches_with_the_question(chat: Ask) -> None:
+    assert calls_of(chat, [user(PORT_QUESTION)], tools=[SEARCH]) == [
         ("search_knowledge_base", {"query": PORT_QUESTION})
     ]
-    assert calls_of(client, searched(PORT_QUESTION, BOTH), tools=[SEARCH]) == []
 
 
-def test_tool_choice(client: openai.OpenAI) -> None:
+def test_tool_choice(chat: Ask) -> None:
     weather = tool("get_weather", "Get the weather of a city.", city="string")
     tools = [SEARCH, weather]
     named = {"type": "function", "function": {"name": "get_weather"}}
     ask = [user(PORT_QUESTION)]
-    assert calls_of(client, ask, tools=tools, tool_choice="none") == []
-    assert calls_of(client, ask, tools=tools, tool_choice="auto") == calls_of(client, ask, tools=tools)
-    assert calls_of(client, ask, tools=[weather], tool_choice="auto") == []
-    assert [name for name, _ in calls_of(client, ask, tools=[weather], tool_choice="required")] == ["get_weather"]
-    assert [name for name, _ in calls_of(client, ask, tools=tools, tool_choice=named)] == ["get_weather"]
+    assert calls_of(chat, ask, tools=tools, tool_choice="none", max_tokens=20) == []
+    warm_up(chat, ask, tools=tools)
+    assert calls_of(chat, ask, tools=tools, tool_choice="auto") == calls_of(chat, ask, tools=tools)
+    assert calls_of(chat, ask, tools=[weather], tool_choice="auto", max_tokens=20) == []
+    assert [name for name, _ in calls_of(chat, ask, tools=[weather], tool_choice="required")] == ["get_weather"]
+    assert [name for name, _ in calls_of(chat, ask, tools=tools, tool_choice=named)] == ["get_weather"]
     # Forced again although it was called already.
     again = searched(PORT_QUESTION, BOTH)
-    assert [n for n, _ in calls_of(client, again, tools=[SEARCH], tool_choice="required")] == ["search_knowledge_base"]
+    assert names_of(calls_of(chat, again, tools=[SEARCH], tool_choice="required")) == ["search_knowledge_base"]
 
 
-def test_parallel_calls(client: openai.OpenAI) -> None:
-    queries = [("search_knowledge_base", {"query": question}) for question in (PORT_QUESTION, BACKUP_QUESTION)]
-    assert calls_of(client, [user(TWO_QUESTIONS)], tools=[SEARCH]) == queries
-    assert calls_of(client, [user(TWO_QUESTIONS)], tools=[SEARCH], parallel_tool_calls=True) == queries
+def test_parallel_calls(chat: Ask) -> None:
+    both = ["search_knowledge_base"] * 2
+    assert names_of(calls_of(chat, [user(TWO_QUESTIONS)], tools=[SEARCH])) == both
+    assert names_of(calls_of(chat, [user(TWO_QUESTIONS)], tools=[SEARCH], parallel_tool_calls=True)) == both
     # One at a time, the second question is searched after the first.
     one = {"tools": [SEARCH], "parallel_tool_calls": False}
     messages = [user(TWO_QUESTIONS)]
+    for number in range(2):
+        calls = calls_of(chat, messages, **one)
+        assert len(names_of(calls)) == 1
+        messages += called(*calls[0], json.dumps(BOTH), number)
+    assert calls_of(chat, messages, **one) == []
+
+
+@extractive
+def test_each_question_is_searched_and_answered(chat: Ask) -> None:
+    queries = [("search_knowledge_base", {"query": question}) for question in (PORT_QUESTION, BACKUP_QUESTION)]
+    assert calls_of(chat, [user(TWO_QUESTIONS)], tools=[SEARCH]) == queries
+    messages = [user(TWO_QUESTIONS)]
     for number, (name, arguments) in enumerate(queries):
-        assert calls_of(client, messages, **one) == [(name, arguments)]
+        assert calls_of(chat, messages, tools=[SEARCH], parallel_tool_calls=False) == [(name, arguments)]
         messages += called(name, arguments, json.dumps(BOTH), number)
-    assert calls_of(client, messages, **one) == []
-    answer = text_of(client, messages, **one)
+    answer = text_of(chat, messages, tools=[SEARCH])
     assert "[milvus-ports]" in answer and "[milvus-backup]" in answer
 
 
@@ -305,10 +419,11 @@ class Report(BaseModel):
     by_name: dict[str, int] = {}
 
 
+@extractive
 @pytest.mark.parametrize("question", [PORT_QUESTION, OTHER_QUESTION])
-def test_a_pydantic_model_is_filled(client: openai.OpenAI, question: str) -> None:
+def test_a_pydantic_model_is_filled(chat: Ask, question: str) -> None:
     wanted = json_schema(Report.model_json_schema(), strict=True)
-    report = Report.model_validate_json(text_of(client, searched(question, BOTH), response_format=wanted))
+    report = Report.model_validate_json(text_of(chat, searched(question, BOTH), response_format=wanted))
     answered = question == PORT_QUESTION
     assert report.done is answered
     assert report.sources == (["milvus-ports"] if answered else [])
@@ -316,24 +431,42 @@ def test_a_pydantic_model_is_filled(client: openai.OpenAI, question: str) -> Non
     assert not answered or (report.port == 19530 and report.evidence.document == "milvus-ports")
 
 
-def test_the_clients_parse_returns_the_model(client: openai.OpenAI) -> None:
-    class Answer(BaseModel):
-        answer: str
-        sources: list[str]
-        evidence: Evidence | None
+class Answer(BaseModel):
+    answer: str
+    sources: list[str]
+    evidence: Evidence | None
 
+
+@pytest.fixture(scope="session")
+def parsed(client: openai.OpenAI, offline_server: OfflineServer) -> Answer | None:
+    """An answer as the client's own parse() reads it."""
     messages: Any = searched(PORT_QUESTION, BOTH)
-    parsed = client.chat.completions.parse(model=CHAT_MODEL, messages=messages, response_format=Answer)
-    answer = parsed.choices[0].message.parsed
-    assert answer is not None and answer.sources == ["milvus-ports"] and answer.answer.startswith(QUOTED)
+    parse = client.chat.completions.parse
+    return parse(model=offline_server.model, messages=messages, response_format=Answer).choices[0].message.parsed
 
 
-def test_json_object(client: openai.OpenAI) -> None:
-    messages = [system("Answer in JSON."), *searched(PORT_QUESTION, BOTH)]
-    reply = json.loads(text_of(client, messages, response_format={"type": "json_object"}))
-    assert reply == {"answer": f"{QUOTED} [milvus-ports]", "sources": ["milvus-ports"]}
+def test_the_clients_parse_returns_the_model(parsed: Answer | None) -> None:
+    assert parsed is not None and parsed.answer
+
+
+@extractive
+def test_the_parsed_model_holds_the_quote(parsed: Answer | None) -> None:
+    assert parsed is not None and parsed.sources == ["milvus-ports"] and parsed.answer.startswith(QUOTED)
+
+
+IN_JSON = [system("Answer in JSON."), *searched(PORT_QUESTION, BOTH)]
+
+
+def test_json_object(chat: Ask) -> None:
+    assert isinstance(json.loads(text_of(chat, IN_JSON, response_format={"type": "json_object"})), dict)
     with pytest.raises(openai.BadRequestError, match="json"):
-        chat(client, searched(PORT_QUESTION, BOTH), response_format={"type": "json_object"})
+        chat(searched(PORT_QUESTION, BOTH), response_format={"type": "json_object"})
+
+
+@extractive
+def test_what_a_json_object_holds(chat: Ask) -> None:
+    reply = json.loads(text_of(chat, IN_JSON, response_format={"type": "json_object"}))
+    assert reply == {"answer": f"{QUOTED} [milvus-ports]", "sources": ["milvus-ports"]}
 
 
 def bounds(name: str, smallest: int, largest: int) -> st.SearchStrategy[Json]:
@@ -378,9 +511,10 @@ def composed(inner: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
 schemas = st.recursive(leaves, composed, max_leaves=6)
 
 
+@extractive
 @modest
 @given(schema=schemas, question=st.sampled_from([PORT_QUESTION, OTHER_QUESTION]))
-def test_a_reply_follows_its_schema(http: httpx.Client, schema: Json, question: str) -> None:
+def test_a_reply_follows_its_schema(http: httpx.Client, body: Body, schema: Json, question: str) -> None:
     root = {
         "type": "object",
         "properties": {"value": schema},
@@ -394,7 +528,6 @@ def test_a_reply_follows_its_schema(http: httpx.Client, schema: Json, question: 
 
 
 HARD_SCHEMAS: dict[str, Json] = {
-    "pattern": {"type": "string", "pattern": "^[0-9]{4}$"},
     "nothing is valid": {"not": {}},
     "minLength without end": {"type": "string", "minLength": 10**12},
     "minItems without end": {"type": "array", "items": {"type": "integer"}, "minItems": 10**12},
@@ -408,56 +541,67 @@ HARD_SCHEMAS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("schema", HARD_SCHEMAS.values(), ids=HARD_SCHEMAS)
-def test_a_schema_that_cannot_be_met_is_refused(http: httpx.Client, schema: Json) -> None:
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *[pytest.param(schema, id=name) for name, schema in HARD_SCHEMAS.items()],
+        pytest.param({"type": "string", "pattern": "^[0-9]{4}$"}, id="pattern", marks=extractive),
+    ],
+)
+def test_a_schema_that_cannot_be_met_is_refused(http: httpx.Client, body: Body, schema: Json) -> None:
     root = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
     asked = body(searched(PORT_QUESTION, BOTH), response_format=json_schema(root))
     assert_error(http.post("/v1/chat/completions", json=asked), 400)
 
 
-def test_a_number_too_large_for_a_float_is_no_failure(client: openai.OpenAI) -> None:
+@extractive
+def test_a_number_too_large_for_a_float_is_no_failure(chat: Ask) -> None:
     document = {"name": "d", "content": f"Milvus listens on port {'9' * 400} for clients."}
     schema = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"]}
-    reply = text_of(client, searched(PORT_QUESTION, [document]), response_format=json_schema(schema))
+    reply = text_of(chat, searched(PORT_QUESTION, [document]), response_format=json_schema(schema))
     assert json.loads(reply) == {"port": 0}
     multiply = tool("multiply", "Multiply.", a="integer")
-    assert calls_of(client, [user(f"Please multiply {'9' * 5000}")], tools=[multiply]) == []
+    assert calls_of(chat, [user(f"Please multiply {'9' * 5000}")], tools=[multiply]) == []
 
 
 # Limits of the answer
 
 
-def test_stop_and_max_tokens(client: openai.OpenAI) -> None:
+def test_stop_and_max_tokens(chat: Ask) -> None:
     messages = searched(PORT_QUESTION, BOTH)
-    whole = text_of(client, messages)
-    stopped = chat(client, messages, stop=[" port", "never"]).choices[0]
-    assert (stopped.message.content, stopped.finish_reason) == ("Milvus listens for clients on", "stop")
+    warm_up(chat, messages)
+    whole = text_of(chat, messages)
+    mark = f" {whole.split()[3]}"
+    stopped = chat(messages, stop=[mark, "never"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (whole.partition(mark)[0], "stop")
     for name in ("max_tokens", "max_completion_tokens"):
-        cut = chat(client, messages, **{name: 5})
+        cut = chat(messages, **{name: 5})
         assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens <= 5
         assert whole.startswith(cut.choices[0].message.content) and cut.choices[0].message.content
-    enough = chat(client, messages, max_tokens=500).choices[0]
+    enough = chat(messages, max_tokens=500).choices[0]
     assert (enough.message.content, enough.finish_reason) == (whole, "stop")
 
 
-@modest
-@given(
-    told=st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
-    stop=st.lists(st.text(max_size=3) | st.sampled_from(["port", " ", ".", "e"]), max_size=4),
-    limit=st.none() | st.integers(1, 40),
-)
-def test_any_stop_and_limit_is_honoured(http: httpx.Client, told: str, stop: list[str], limit: int | None) -> None:
-    document = {"name": "d", "content": f"Milvus listens on port 19530 for clients. {told}"}
-    messages = searched(f"{PORT_QUESTION} {told}", [document])
-    asked = body(messages, stop=stop, max_tokens=limit)
-    reply = http.post("/v1/chat/completions", json=asked).json()
-    text = reply["choices"][0]["message"]["content"]
-    whole = http.post("/v1/chat/completions", json=body(messages)).json()["choices"][0]["message"]["content"]
-    assert whole.startswith(text)
-    assert not any(mark in text for mark in stop if mark)
-    assert limit is None or reply["usage"]["completion_tokens"] <= limit
-    stopped = any(whole.startswith(text + mark) for mark in stop if mark)
-    assert text == whole or stopped or reply["choices"][0]["finish_reason"] == "length"
+def test_any_stop_and_limit_is_honoured(chat: Ask, examples: settings) -> None:
+    @examples
+    @given(
+        told=st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+        stop=st.lists(st.text(max_size=3) | st.sampled_from(["port", " ", ".", "e"]), max_size=4),
+        limit=st.integers(1, 40),
+    )
+    def holds(told: str, stop: list[str], limit: int) -> None:
+        document = {"name": "d", "content": f"Milvus listens on port 19530 for clients. {told}"}
+        messages = searched(f"{PORT_QUESTION} {told}", [document])
+        warm_up(chat, messages)
+        reply = chat(messages, stop=stop, max_tokens=limit)
+        text, whole = reply.choices[0].message.content, text_of(chat, messages, max_tokens=60)
+        assert whole.startswith(text)
+        assert not any(mark in text for mark in stop if mark)
+        assert reply.usage.completion_tokens <= limit
+        stopped = any(whole.startswith(text + mark) for mark in stop if mark)
+        assert text == whole or stopped or reply.choices[0].finish_reason == "length"
+
+    holds()
 
 
 # Embeddings and rerank
@@ -526,7 +670,7 @@ def test_the_largest_batch(client: openai.OpenAI) -> None:
     assert embedded(client, ["a"] * 2048, dimensions=64).shape == (2048, 64)
 
 
-def test_rerank(http: httpx.Client) -> None:
+def test_rerank(http: httpx.Client, offline_server: OfflineServer) -> None:
     documents = [OTHER_QUESTION, BACKUP["content"], PORTS["content"], ""]
     asked = {"model": RERANK_MODEL, "query": PORT_QUESTION, "documents": documents}
     results = http.post("/v1/rerank", json=asked).json()["results"]
@@ -535,7 +679,8 @@ def test_rerank(http: httpx.Client) -> None:
     assert scores == sorted(scores, reverse=True) and scores[0] > 0.5 and scores[-1] == 0
     best = http.post("/v1/rerank", json={**asked, "top_n": 1, "return_documents": True}).json()["results"]
     assert best == [{**results[0], "document": {"text": PORTS["content"]}}]
-    wrongs: list[Json] = [{"documents": []}, {"query": ""}, {"top_n": 0}, {"documents": "a"}, {"model": CHAT_MODEL}]
+    wrongs: list[Json] = [{"documents": []}, {"query": ""}, {"top_n": 0}, {"documents": "a"}]
+    wrongs.append({"model": offline_server.model})
     for wrong in wrongs:
         assert_error(http.post("/v1/rerank", json={**asked, **wrong}), 404 if "model" in wrong else 400)
 
@@ -552,13 +697,13 @@ def test_a_wrong_key_and_an_unknown_model(client: openai.OpenAI, offline_server:
         lambda: client.models.retrieve("gpt-4o"),
         lambda: client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "x"}]),
         lambda: client.chat.completions.create(model=EMBEDDING_MODEL, messages=[{"role": "user", "content": "x"}]),
-        lambda: client.embeddings.create(model=CHAT_MODEL, input="x"),
+        lambda: client.embeddings.create(model=offline_server.model, input="x"),
     ):
         with pytest.raises(openai.NotFoundError) as unknown:
             send()
         assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="POST /v1/responses"):
-        client.responses.create(model=CHAT_MODEL, input="x")
+        client.responses.create(model=offline_server.model, input="x")
 
 
 @pytest.mark.parametrize(
@@ -568,7 +713,7 @@ def test_a_wrong_key_and_an_unknown_model(client: openai.OpenAI, offline_server:
         ("POST", "/v1/completions", 404),
         ("GET", "/v1", 404),
         ("GET", "/v1/chat/completions", 405),
-        ("DELETE", f"/v1/models/{CHAT_MODEL}", 405),
+        ("DELETE", f"/v1/models/{EMBEDDING_MODEL}", 405),
         ("PUT", "/v1/embeddings", 405),
     ],
 )
@@ -619,20 +764,20 @@ WRONG: dict[str, tuple[Json, str | None]] = {
 
 
 @pytest.mark.parametrize(("wrong", "param"), WRONG.values(), ids=WRONG)
-def test_wrong_chat_requests(client: openai.OpenAI, wrong: Json, param: str) -> None:
+def test_wrong_chat_requests(client: openai.OpenAI, body: Body, wrong: Json, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.post("/chat/completions", body=body([user("x")]) | wrong, cast_to=object)
     assert error.value.type == "invalid_request_error"
     assert str(error.value.param).startswith(param)
 
 
-def test_a_context_that_is_too_long(client: openai.OpenAI) -> None:
+def test_a_context_that_is_too_long(chat: Ask) -> None:
     with pytest.raises(openai.BadRequestError) as error:
-        chat(client, [user("word " * 140_000)])
+        chat([user("word " * 140_000)])
     assert error.value.code == "context_length_exceeded"
 
 
-START = b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "x"}], '
+START = b'{"model": "MODEL", "messages": [{"role": "user", "content": "x"}], '
 NOT_JSON: dict[str, bytes] = {
     "nothing": b"",
     "half": b'{"model": ',
@@ -642,8 +787,8 @@ NOT_JSON: dict[str, bytes] = {
     "nested without end": b"[" * 100_000,
     "NaN": START + b'"metadata": {"a": NaN}}',
     "infinity": START + b'"seed": 1e999}',
-    "half a character": b'{"model": "extractive-offline", "messages": [{"role": "user", "content": "\\ud800"}]}',
-    "a very long number": b'{"model": "extractive-offline", "messages": [], "seed": ' + b"9" * 5000 + b"}",
+    "half a character": b'{"model": "MODEL", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "a very long number": b'{"model": "MODEL", "messages": [], "seed": ' + b"9" * 5000 + b"}",
     "a deep schema": START
     + b'"tools": [{"type": "function", "function": {"name": "f", "parameters": %s{}%s}}]}'
     % (b'{"not": ' * 400, b"}" * 400),
@@ -651,8 +796,9 @@ NOT_JSON: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON)
-def test_bodies_that_cannot_be_read(http: httpx.Client, content: bytes) -> None:
-    assert assert_error(http.post("/v1/chat/completions", content=content), 400)["type"] == "invalid_request_error"
+def test_bodies_that_cannot_be_read(http: httpx.Client, offline_server: OfflineServer, content: bytes) -> None:
+    response = http.post("/v1/chat/completions", content=content.replace(b"MODEL", offline_server.model.encode()))
+    assert assert_error(response, 400)["type"] == "invalid_request_error"
 
 
 # Whatever comes
@@ -709,24 +855,30 @@ tool_sets = st.none() | st.lists(
 )
 
 
-@modest
-@given(
-    asked=texts | markdown | st.sampled_from([PORT_QUESTION, TWO_QUESTIONS]),
-    before=texts | markdown,
-    result=results,
-    arguments=st.just('{"query": "port"}') | texts | st.sampled_from(["[]", "{", "[" * 50_000]),
-    tools=tool_sets,
-    stream=st.booleans(),
-)
 def test_any_text_is_answered_and_always_the_same_way(
-    http: httpx.Client, asked: str, before: str, result: str, arguments: str, tools: list[Json] | None, stream: bool
+    http: httpx.Client, chat: Ask, body: Body, examples: settings
 ) -> None:
-    messages = [system(before), user(before), assistant(result[:500]), user(asked)]
-    for conversation in (messages, [*messages, *called("search_knowledge_base", arguments, result)]):
-        request = body(conversation, stream=stream, **({"tools": tools} if tools else {}))
-        first, second = (http.post("/v1/chat/completions", json=request) for _ in range(2))
-        assert first.status_code == 200, first.text
-        assert first.content == second.content
+    @examples
+    @given(
+        asked=texts | markdown | st.sampled_from([PORT_QUESTION, TWO_QUESTIONS]),
+        before=texts | markdown,
+        result=results,
+        arguments=st.just('{"query": "port"}') | texts | st.sampled_from(["[]", "{", "[" * 50_000]),
+        tools=tool_sets,
+        stream=st.booleans(),
+    )
+    def holds(asked: str, before: str, result: str, arguments: str, tools: list[Json] | None, stream: bool) -> None:
+        messages = [system(before), user(before), assistant(result[:500]), user(asked)]
+        for conversation in (messages, [*messages, *called("search_knowledge_base", arguments, result)]):
+            options: Json = {"tools": tools} if tools else {}
+            warm_up(chat, conversation, **options)
+            # A language model may have much to say to a random text; what the extractive engine says is cut too.
+            request = body(conversation, stream=stream, max_tokens=16, **options)
+            first, second = (http.post("/v1/chat/completions", json=request) for _ in range(2))
+            assert first.status_code == 200, first.text
+            assert first.content == second.content
+
+    holds()
 
 
 @modest
@@ -753,40 +905,51 @@ fields = [
     *("messages", "tools", "tool_choice", "response_format", "stream", "stream_options", "stop", "max_tokens", "n"),
     *("input", "dimensions", "encoding_format", "query", "documents", "top_n", "parallel_tool_calls", "model", "x"),
 ]
-good = {
-    "/v1/chat/completions": body([user(PORT_QUESTION)]),
+good: dict[str, Json] = {
+    "/v1/chat/completions": {"messages": [user(PORT_QUESTION)], "max_completion_tokens": 10},
     "/v1/embeddings": {"model": EMBEDDING_MODEL, "input": "a"},
     "/v1/rerank": {"model": RERANK_MODEL, "query": "a", "documents": ["b"]},
 }
 
 
-@modest
-@given(
-    path=st.sampled_from(sorted(good)),
-    changes=st.dictionaries(st.sampled_from(fields), anything, max_size=3),
-    message=st.none() | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "tool_call_id"]), anything),
-    schema=st.none() | anything,
-)
 def test_any_body_is_answered_or_refused_in_openais_form(
-    http: httpx.Client, path: str, changes: Json, message: Json | None, schema: Any
+    http: httpx.Client, offline_server: OfflineServer, examples: settings
 ) -> None:
-    request = good[path] | changes
-    if message is not None:
-        request["messages"] = [user("x"), {"role": "assistant", "content": None, **message}]
-    if schema is not None:
-        request["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-        request["tools"] = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
-    response = http.post(path, content=json.dumps(request))
-    if response.status_code != 200:
-        assert_error(response, 400, 404)
+    @examples
+    @given(
+        path=st.sampled_from(sorted(good)),
+        changes=st.dictionaries(st.sampled_from(fields), anything, max_size=3),
+        message=st.none()
+        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "tool_call_id"]), anything),
+        schema=st.none() | anything,
+    )
+    def holds(path: str, changes: Json, message: Json | None, schema: Any) -> None:
+        request = {"model": offline_server.model, **good[path], **changes}
+        if message is not None:
+            request["messages"] = [user("x"), {"role": "assistant", "content": None, **message}]
+        if schema is not None:
+            request["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+            request["tools"] = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        response = http.post(path, content=json.dumps(request))
+        if response.status_code != 200:
+            assert_error(response, 400, 404)
+
+    holds()
 
 
-def test_many_at_once_get_the_same_as_one_at_a_time(client: openai.OpenAI) -> None:
-    endings = ("ing", "ed", "s", "ation")
-    words = [f"{start}{middle}{end}" for start in ("re", "un") for middle in ("index", "cluster") for end in endings]
-    requests = [searched(f"{PORT_QUESTION} {word}?", [PORTS, BACKUP, {"content": f"{word} it."}]) for word in words]
+ENDINGS = ("ing", "ed", "s", "ation")
+WORDS = [f"{start}{middle}{end}" for start in ("re", "un") for middle in ("index", "cluster") for end in ENDINGS]
+
+
+@extractive
+def test_many_at_once_get_the_same_as_one_at_a_time(chat: Ask) -> None:
+    requests = [searched(f"{PORT_QUESTION} {word}?", [PORTS, BACKUP, {"content": f"{word} it."}]) for word in WORDS]
     with ThreadPoolExecutor(16) as pool:
-        at_once = list(pool.map(lambda messages: chat(client, messages), requests))
-        vectors = list(pool.map(lambda word: embedded(client, word).tolist(), words))
-    assert at_once == [chat(client, messages) for messages in requests]
-    assert vectors == [embedded(client, word).tolist() for word in words]
+        at_once = list(pool.map(chat, requests))
+    assert at_once == [chat(messages) for messages in requests]
+
+
+def test_many_vectors_at_once_are_the_same_as_one_at_a_time(client: openai.OpenAI) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        at_once = list(pool.map(lambda word: embedded(client, word).tolist(), WORDS))
+    assert at_once == [embedded(client, word).tolist() for word in WORDS]

@@ -96,6 +96,9 @@ def course_environment(root: Path = ROOT) -> Dict[str, str]:
         **dict.fromkeys(("NO_PROXY", "no_proxy"), _without_proxy()),
         # Milvus Lite and its clients live in processes that start others; gRPC must not hook into their fork.
         "GRPC_ENABLE_FORK_SUPPORT": "false",
+        # Its C core writes to the terminal, and so into cells, what its users get as exceptions anyway: for one that a
+        # client which waited for a slow model asked Milvus Lite too often whether it is there.
+        "GRPC_VERBOSITY": "NONE",
     }
     return {**{name: value for name, value in os.environ.items() if name not in foreign}, **own}
 

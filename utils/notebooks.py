@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from utils.bootstrap import ROOT, course_environment
 from utils.errors import CourseError
+from utils.settings import load_settings
 
 CELL_TIMEOUT = 120
+LOCAL_CELL_TIMEOUT = 1800  # a language model on this machine reads some 100 tokens a second
 TABLE_BEGIN, TABLE_END = "<!-- path: begin (written by python3 -m utils run --save) -->", "<!-- path: end -->"
 # Everything that settings read; a learner's own keys and servers must not decide what is stored or tested.
 _SETTINGS = ["OPENAI_API_KEY", "OPENAI_BASE_URL", "MODEL_ID", "EMBEDDING_ID", "LOCAL_CONTEXT", "LOCAL_TOOLS"]
@@ -127,9 +129,10 @@ def run_notebook(
     content = nbformat.read(path, as_version=4)
     environment = {**course_environment(root), **(offline_environment() if save else {}), **(extra_environment or {})}
     started, cells, error = time.monotonic(), 0, None
+    local = load_settings(environment).provider == "local"
     client = NotebookClient(
         content,
-        timeout=CELL_TIMEOUT,
+        timeout=LOCAL_CELL_TIMEOUT if local else CELL_TIMEOUT,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         coalesce_streams=True,
@@ -174,7 +177,7 @@ def _short(failure: Exception, cell: NotebookNode, number: int) -> str:
     if isinstance(failure, CellExecutionError):
         text = f"{failure.ename}: {failure.evalue}" if failure.ename not in failure.evalue else failure.evalue
     elif isinstance(failure, CellTimeoutError):
-        text = f"the cell took longer than {CELL_TIMEOUT} seconds"
+        text = "the cell took too long"
     else:
         text = "the kernel died (.jupyter/kernel.log holds its last words)"
     return f"cell {number} ({first[:60]})\n  " + "\n  ".join(line[:200] for line in text.strip().splitlines()[:2])

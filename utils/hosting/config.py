@@ -14,7 +14,7 @@
     CORS_ORIGINS          origins of browsers that may call it, separated by commas (default: Agno's console)
     UPLOAD_LIMIT_MB       largest request body (default 20)
     UPLOAD_TYPES          file name endings that may be uploaded (default md,txt,pdf,csv)
-    MODEL_TIMEOUT         seconds that one call of the model may take (default 60)
+    MODEL_TIMEOUT         seconds that one call of the model may take (default 60; of the local model 600)
     SHUTDOWN_SECONDS      how long running requests may go on after SIGTERM (default 30)
     LOG_LEVEL             DEBUG, INFO, WARNING or ERROR (default INFO)
 
@@ -120,7 +120,7 @@ def load_config(name: str, environment: Mapping[str, str] | None = None, env_fil
         cors_origins=_origins(values.get("CORS_ORIGINS", "")),
         upload_limit=read_number(values, "UPLOAD_LIMIT_MB", 20, 1, 1000) * 2**20,
         upload_types=_types(values.get("UPLOAD_TYPES", "")),
-        model_timeout=read_number(values, "MODEL_TIMEOUT", 60, 1, 3600),
+        model_timeout=read_number(values, "MODEL_TIMEOUT", 600 if settings.provider == "local" else 60, 1, 3600),
         shutdown_seconds=read_number(values, "SHUTDOWN_SECONDS", 30, 0, 3600),
         log_level=(values.get("LOG_LEVEL") or "INFO").upper(),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,12 @@ class Llama:
             base_url=self._server.listening_address,
             headers={"Authorization": f"Bearer {key}"},
             timeout=_TIMEOUT,
+            # llama.cpp closes a connection that waits, and may do so just when the next request is sent on it.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
 
-    async def stream(self, body: Json) -> AsyncIterator[Json]:
+    async def stream(self, body: Json) -> AsyncGenerator[Json, None]:
         """The chunks of a streamed chat completion, the one with the usage last.
 
         Raises:
@@ -87,9 +90,9 @@ class Llama:
             async with self._http.stream("POST", "/v1/chat/completions", json=asked) as response:
                 if response.status_code != 200:
                     raise _error(json.loads(await response.aread()))
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        chunk = json.loads(line.removeprefix("data: "))
+                async for line in _lines(response):
+                    if line.startswith(b"data: {"):
+                        chunk = json.loads(line.removeprefix(b"data: "))
                         if "error" in chunk:
                             raise _error(chunk)
                         yield chunk
@@ -98,12 +101,20 @@ class Llama:
                 f"llama.cpp ended the connection ({type(error).__name__}).", 500, kind="server_error"
             ) from None
 
-    async def whole(self, body: Json) -> tuple[str, Json]:
-        """The text of a chat completion and its last chunk, which has `usage` and `timings`."""
+    async def whole(self, body: Json, begins: str = "") -> tuple[str, Json]:
+        """The text of a chat completion and its last chunk, which has `usage` and `timings`.
+
+        Args:
+            body: the request.
+            begins: characters; a text that begins with none of them is given up there.
+        """
         text, last = "", Json()
-        async for chunk in self.stream(body):
-            text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-            last = {**last, **chunk, "choices": chunk["choices"] or last.get("choices", [])}
+        async with aclosing(self.stream(body)) as chunks:
+            async for chunk in chunks:
+                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+                last = {**last, **chunk, "choices": chunk["choices"] or last.get("choices", [])}
+                if begins and text and text[0] not in begins:
+                    break
         return text, last
 
     def measure(self) -> Speed:
@@ -130,6 +141,15 @@ class Llama:
     async def metrics(self) -> str:
         """llama.cpp's own metrics, in Prometheus's text format."""
         return (await self._http.get("/metrics")).text
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The lines of a stream of events; httpx's own would also end at U+2028 and the like, within a model's words."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
 
 
 def threads() -> int:

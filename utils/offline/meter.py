@@ -36,21 +36,19 @@ class Meter:
 
     async def measured(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
         """The same pieces; when they end, the reply is counted."""
-        started, first, outcome = time.perf_counter(), 0.0, "error"
+        started, first, outcome, pieces_of_text = time.perf_counter(), 0.0, "error", 0
         try:
             async for piece in pieces:
                 if not first:
                     first = time.perf_counter()
                     self._first.observe(first - started)
+                pieces_of_text += isinstance(piece, str)
                 if isinstance(piece, End):
                     outcome = piece.finish_reason
                     self._tokens.labels("prompt").inc(piece.prompt_tokens)
                     self._tokens.labels("completion").inc(piece.completion_tokens)
-                    if (
-                        outcome != "tool_calls"
-                        and (took := time.perf_counter() - first)
-                        and piece.completion_tokens > 1
-                    ):
+                    # A text that was sent when it was whole, such as JSON, says nothing about the speed.
+                    if pieces_of_text > 1 and (took := time.perf_counter() - first):
                         self._speed.observe((piece.completion_tokens - 1) / took)
                 yield piece
         finally:

@@ -20,20 +20,23 @@ from utils.offline.answers import parse_passages
 from utils.offline.conversation import Conversation
 from utils.offline.engine import End, Piece
 from utils.offline.llama import Llama
-from utils.offline.policy import Decision, allowed_tools, due_calls, is_known
+from utils.offline.policy import Decision, allowed_tools, due_calls, is_known, is_verbatim
 from utils.offline.protocol import ApiError, ChatRequest, Function, Message, NamedTool, check_chat, schema_validator
 
 Json = dict[str, Any]
+_JSON_BEGINS = '{["-0123456789tfn'
 # A model that repeats itself would otherwise go on until the context is full.
-MAX_ANSWER_TOKENS = 1024
+MAX_ANSWER_TOKENS = 512
 MAX_CALL_TOKENS = 512
 MAX_ARGUMENT_CHARACTERS = 500
 MAX_BOUND = 2000
-_BOUNDS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
-# Which member, which task: the policy knows it from the conversation, and a small model makes names up.
-_IDENTIFIER = re.compile(r"_id$|^assignee$")
-# Blanks and line breaks between the parts of a JSON value are tokens that take time.
-_COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+_LOWER_BOUNDS, _UPPER_BOUNDS = {"minLength", "minItems", "minProperties"}, {"maxLength", "maxItems", "maxProperties"}
+# Which member, which task: the policy knows it from the conversation, and a small model makes names up. Agno takes two
+# tasks of one title for the same.
+_IDENTIFIER = re.compile(r"_id$|^(assignee|title)$")
+# Blanks and line breaks between the parts of a JSON value are tokens that take time. Lenient: what a grammar cannot
+# express (uniqueItems, oneOf as different from anyOf, unknown formats) is left to the check of the whole text.
+_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 
 
 class LanguageModel:
@@ -55,6 +58,7 @@ class LanguageModel:
     async def reply(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """See Engine."""
         check_chat(request)
+        request = _within_bounds(request)
         choices = [] if self._native else await run_in_threadpool(_calls_to_make, request)
         if choices:
             read = written = 0
@@ -75,17 +79,21 @@ class LanguageModel:
         tools = {tool.name: tool for tool in allowed_tools(request)}
         schemas = {call.name: _arguments_schema(tools[call.name], call) for call in alternatives}
         names = list(schemas)
-        if len(names) == 1 and not schemas[names[0]]["properties"]:  # nothing to write
-            return Decision(names[0], {}), {"prompt_tokens": 0, "completion_tokens": 0}
-        schema = {"anyOf": [_call_schema(name, schemas[name]) for name in names]}
+        first = schemas[names[0]]["properties"]
+        if len(names) == 1 and all("const" in wanted for wanted in first.values()):  # nothing to write
+            known = {name: wanted["const"] for name, wanted in first.items()}
+            return Decision(names[0], known), {"prompt_tokens": 0, "completion_tokens": 0}
+        schema = {
+            "anyOf": [_call_schema(name, schemas[name]) for name in names],
+            "$defs": {name: _moved(tools[name].parameters, f"/$defs/{name}") for name in names},
+        }
         asked = _told(request.messages)
         _add(asked, "user", _instruction(tools, alternatives))
-        body = _sampling(request) | {"messages": asked, "max_tokens": MAX_CALL_TOKENS, "grammar": _grammar(schema)}
-        text, last = await self._llama.whole(body)
-        try:
-            call = json.loads(text)
-        except ValueError:
-            raise ApiError(f"The model did not finish a call of {', '.join(names)}.", 500, "server_error") from None
+        body = _sampling(request) | {"messages": asked, "max_tokens": MAX_CALL_TOKENS}
+        text, last = await self._held(body, schema, "tools")
+        if _reason(last) == "length":
+            raise ApiError(f"The model did not finish a call of {', '.join(names)}.", 500, "server_error")
+        call = json.loads(text)
         return Decision(call["name"], call["arguments"]), last["usage"]
 
     async def _json(self, request: ChatRequest) -> AsyncIterator[Piece]:
@@ -97,20 +105,24 @@ class LanguageModel:
             body["response_format"] = {"type": "json_object"}
             text, last = await self._llama.whole(body)
         else:
-            schema = wanted.json_schema.schema_
-            validator = schema_validator(schema, "response_format.json_schema.schema")
-            _check_bounds(schema)
-            body["grammar"] = _grammar(schema)
-            text, last = await self._llama.whole(body)
-            # llama.cpp goes on without a grammar when it cannot build one, and says so in its log only.
-            if _end(last).finish_reason == "stop" and not _is_valid(text, validator):
-                raise ApiError(
-                    "Invalid schema for response_format: this model cannot be held to it. Leave out `not`, and bounds "
-                    "and patterns that contradict each other.",
-                    param="response_format",
-                )
+            text, last = await self._held(body, wanted.json_schema.schema_, "response_format")
         yield text
         yield _end(last)
+
+    async def _held(self, body: Json, schema: Json, where: str) -> tuple[str, Json]:
+        """JSON that the model writes under a schema, or the beginning of it if it was cut off; and the last chunk.
+
+        Raises:
+            ApiError: llama.cpp could build no grammar of the schema, and went on without one (which only its log says).
+        """
+        text, last = await self._llama.whole({**body, "grammar": _grammar(schema)}, _JSON_BEGINS)
+        if _reason(last) != "length" and not _is_valid(text, schema_validator(schema, where)):
+            raise ApiError(
+                f"Invalid schema in '{where}': this model cannot be held to it. Leave out `not`, and bounds and "
+                "patterns that contradict each other.",
+                param=where,
+            )
+        return text, last
 
     async def _text(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """An answer in words, as they come; with native tools, or calls in their place."""
@@ -123,6 +135,8 @@ class LanguageModel:
                 "tool_choice": "required" if forced else "auto",
                 "parallel_tool_calls": request.parallel_tool_calls,
             }
+        elif not self._native and request.messages[-1].role == "tool":
+            body["grammar"] = _in_words(_found_last(request.messages))
         async for chunk in self._llama.stream(body):
             for choice in chunk["choices"]:
                 if text := choice["delta"].get("content"):
@@ -188,8 +202,33 @@ def _told(messages: list[Message]) -> list[Json]:
             _add(made, _role(message), text)
         request = text if message.role == "user" else request
     if messages[-1].role == "tool":
-        _add(made, "user", f"Now answer my question in whole sentences, as your instructions say: {request}")
+        cite = ", and end your answer with the ids of the documents that you used in square brackets, like "
+        cite = "".join(f"{cite}[{source}]" for source in _found_last(messages)[:1])
+        _add(made, "user", f"Now answer my question in whole sentences, as your instructions say{cite}: {request}")
     return made
+
+
+def _found_last(messages: list[Message]) -> list[str]:
+    """Ids of the documents that tools returned since the last request, each once."""
+    found: list[str] = []
+    for message in messages:
+        if message.role == "user":
+            found = []
+        elif message.role == "tool":
+            found += [passage.source for passage in parse_passages(message.text()) if passage.source]
+    return list(dict.fromkeys(found))
+
+
+def _in_words(sources: list[str]) -> str:
+    """A grammar for the answer to what tools returned: it begins with a word, and cites no document but these.
+
+    A small model likes to go on with what it has just read (documents, JSON), to cite the example of its instructions,
+    and to name a document where the fact should stand. What looks like an id in square brackets must therefore be one
+    of those found, behind the end of a sentence.
+    """
+    ids = "|".join(re.escape(source).replace("/", r"\/") for source in sources)
+    cited = rf"|[.!?:)`*|\n]([, ]*\[({ids})\])+" if ids else ""
+    return rf"%llguidance {{}}{chr(10)}start: /[^\[\{{<]([^\[]|\[[^A-Za-z ]{cited})*/"
 
 
 def _add(made: list[Json], role: str, text: str) -> None:
@@ -209,20 +248,22 @@ def _readable(result: str) -> str:
     passages = parse_passages(result)
     if not all(passage.source for passage in passages):
         return result
-    return "\n\n".join(f"Document {passage.source}:\n{passage.text}" for passage in passages)
+    return "\n\n".join(f'<document id="{passage.source}">\n{passage.text}\n</document>' for passage in passages)
 
 
 def _arguments_schema(tool: Function, call: Decision) -> Json:
     """The tool's parameters as far as the model is to write them; what the policy alone knows is fixed."""
     properties = tool.parameters.get("properties", {})
-    written = [name for name in properties if name in call.arguments or not is_known(tool)]
-    fixed = {name: {"const": value} for name, value in call.arguments.items() if _IDENTIFIER.search(name)}
+    moved = _moved(properties, f"/$defs/{tool.name}")
+    required = tool.parameters.get("required", [])
+    written = [name for name in properties if name in call.arguments or name in required or not is_known(tool)]
+    as_it_is = is_verbatim(tool)
+    fixed = {name: {"const": value} for name, value in call.arguments.items() if as_it_is or _IDENTIFIER.search(name)}
     return {
         "type": "object",
-        "properties": {name: fixed.get(name) or _bounded(properties.get(name, {})) for name in written},
-        "required": [name for name in tool.parameters.get("required", []) if name in written],
+        "properties": {name: fixed.get(name) or _bounded(moved.get(name, {})) for name in written},
+        "required": [name for name in written if name in call.arguments or name in required],
         "additionalProperties": False,
-        **({"$defs": tool.parameters["$defs"]} if "$defs" in tool.parameters else {}),
     }
 
 
@@ -242,23 +283,47 @@ def _call_schema(name: str, arguments: Json) -> Json:
     }
 
 
-def _check_bounds(schema: Any) -> None:
-    """Refuse a schema that asks for more than a reply can hold: a grammar for it takes all memory.
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references as they must be when it stands at `place` within another one."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    own = schema.get("$ref")
+    moved = {"$ref": f"#{place}{own[1:]}"} if isinstance(own, str) and own.startswith("#") else {}
+    return {name: _moved(value, place) for name, value in schema.items()} | moved
+
+
+def _within_bounds(request: ChatRequest) -> ChatRequest:
+    """The request with schemas that ask for no more than a reply can hold: a grammar for more takes all memory.
 
     Raises:
-        ApiError: it does.
+        ApiError: a schema does not allow less.
     """
+    made = request.model_copy(deep=True)
+    for tool in made.tools or []:
+        tool.function.parameters = _lowered(tool.function.parameters, "tools")
+    if made.response_format is not None and (wanted := made.response_format.json_schema) is not None:
+        wanted.schema_ = _lowered(wanted.schema_, "response_format")
+    return made
+
+
+def _lowered(schema: Any, where: str) -> Any:
     if isinstance(schema, list):
-        for part in schema:
-            _check_bounds(part)
-    elif isinstance(schema, dict):
-        for name, value in schema.items():
-            if name in _BOUNDS and isinstance(value, int) and value > MAX_BOUND:
+        return [_lowered(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _lowered(value, where) for name, value in schema.items()}
+    for name in _LOWER_BOUNDS | _UPPER_BOUNDS:
+        value = made.get(name)
+        if isinstance(value, int | float) and value > MAX_BOUND:
+            if name in _LOWER_BOUNDS:
                 raise ApiError(
-                    f"Invalid schema for response_format: {name} is {value}, and this model allows up to {MAX_BOUND}.",
-                    param="response_format",
+                    f"Invalid schema in '{where}': {name} is {value}, and this model allows up to {MAX_BOUND}.",
+                    param=where,
                 )
-            _check_bounds(value)
+            made[name] = MAX_BOUND
+    return made
 
 
 def _is_valid(text: str, validator: Draft202012Validator) -> bool:
@@ -270,7 +335,7 @@ def _is_valid(text: str, validator: Draft202012Validator) -> bool:
 
 def _grammar(schema: Json) -> str:
     """The schema as a grammar of llguidance, which llama.cpp is built with; it lets no other text pass."""
-    return f"%llguidance {{}}\nstart: %json {json.dumps({**schema, **_COMPACT})}"
+    return f"%llguidance {{}}\nstart: %json {json.dumps({**schema, 'x-guidance': _GUIDANCE})}"
 
 
 def _instruction(tools: dict[str, Function], alternatives: tuple[Decision, ...]) -> str:
@@ -281,8 +346,10 @@ def _instruction(tools: dict[str, Function], alternatives: tuple[Decision, ...])
     return "\n".join([*lines, f"What it is for: {about}"] if about else lines)
 
 
+def _reason(last: Json) -> str:
+    reasons = [choice["finish_reason"] for choice in last.get("choices", []) if choice.get("finish_reason")]
+    return reasons[0] if reasons else "stop"
+
+
 def _end(last: Json) -> End:
-    reason = next(
-        (choice["finish_reason"] for choice in last.get("choices", []) if choice.get("finish_reason")), "stop"
-    )
-    return End(reason, last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"])
+    return End(_reason(last), last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"])

@@ -23,7 +23,6 @@ whether it is due.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,12 +52,14 @@ class Rule:
     """When a kind of tool is due. `due` returns the arguments of each call to make now, none if it is not due.
 
     With `alternatives`, tools of this kind serve the same end, so that another one may be called in place of the first.
+    With `verbatim`, the arguments are what the user said, and no model puts them in words of its own.
     """
 
     kind: str
     tools: re.Pattern[str]
     due: Callable[[Function, Conversation], list[Arguments]]
     alternatives: bool = False
+    verbatim: bool = False
 
 
 def decide(request: ChatRequest, conversation: Conversation) -> list[Decision]:
@@ -108,6 +109,11 @@ def is_known(tool: Function) -> bool:
     return _rule_of(tool).kind != "other"
 
 
+def is_verbatim(tool: Function) -> bool:
+    """Whether the arguments of a due call are to be used as they are."""
+    return _rule_of(tool).verbatim
+
+
 def _forced(tools: Sequence[Function], conversation: Conversation) -> Decision:
     """The tool that fits the request best, its arguments filled as well as the request allows."""
     vectors = embed([conversation.request, *(f"{tool.name.replace('_', ' ')} {tool.description}" for tool in tools)])
@@ -126,11 +132,11 @@ def _times(conversation: Conversation, name: str) -> int:
 
 
 def _memory(tool: Function, conversation: Conversation) -> list[Arguments]:
-    known = f"{conversation.system}\n{json.dumps([call.arguments for call in conversation.called])}"
-    facts = [fact for fact in conversation.user_facts if fact not in known]
+    facts = [fact for fact in conversation.user_facts if fact not in conversation.system]
+    done = _times(conversation, tool.name)
     if tool.name == "update_user_memory":
-        return [{"task": f"Remember: {' '.join(facts)}"}] if facts else []
-    return [{"memory": f"The user said: {fact}"} for fact in facts]
+        return [{"task": f"Remember: {' '.join(facts)}"}] if facts and not done else []
+    return [{"memory": f"The user said: {fact}"} for fact in facts[done:]]
 
 
 def _history(tool: Function, conversation: Conversation) -> list[Arguments]:
@@ -216,7 +222,7 @@ def _other(tool: Function, conversation: Conversation) -> list[Arguments]:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("memory", re.compile(r"^(update_user_memory|add_memory)$"), _memory),
+    Rule("memory", re.compile(r"^(update_user_memory|add_memory)$"), _memory, verbatim=True),
     Rule("history", re.compile(r"^(get_chat_history|search_past_sessions)$"), _history),
     Rule("search", SEARCH_TOOL, _search, alternatives=True),
     Rule("broadcast", re.compile(r"^delegate_task_to_members$"), _broadcast),
