@@ -252,28 +252,31 @@ def test_temperature_and_seed_are_passed_on(chat: Ask) -> None:
 # Several at a time
 
 
-def ended(chat: Ask, about: str, tokens: int) -> float:
-    """When an answer of so many tokens was there."""
-    completion = chat([user(f"Tell me a very long story about {about}.")], max_tokens=tokens)
-    assert completion.usage.completion_tokens == tokens
+def ended(chat: Ask, length: int, number: int = 0) -> float:
+    """When a list of that length was written (a schema leaves a model no choice of the length, as a story would)."""
+    items: Json = {"type": "array", "items": {"enum": [1, 2]}, "minItems": length, "maxItems": length}
+    schema: Json = {"type": "object", "properties": {"items": items}, "required": ["items"]}
+    schema["additionalProperties"] = False
+    text = text_of(chat, [user(f"Write list {number}.")], response_format=json_schema(schema))
+    assert len(json.loads(text)["items"]) == length
     return time.monotonic()
 
 
 def test_a_short_request_beside_long_ones_does_not_wait_for_them(chat: Ask) -> None:
     with ThreadPoolExecutor(4) as pool:
-        long = [pool.submit(ended, chat, about, 120) for about in ("a fox", "a ship", "a bear")]
+        long = [pool.submit(ended, chat, 60, number) for number in range(3)]
         time.sleep(0.5)
-        short = pool.submit(ended, chat, "a bee", 5)
+        short = pool.submit(ended, chat, 1)
         assert short.result() < min(one.result() for one in long)
 
 
 def test_more_requests_than_slots_wait_for_the_first_free_one(chat: Ask) -> None:
     """Of six at once four are worked on; the others come as soon as one of these has ended, not after all of them."""
     with ThreadPoolExecutor(6) as pool:
-        first = pool.submit(ended, chat, "a moth", 20)
-        long = [pool.submit(ended, chat, about, 160) for about in ("a fox", "a ship", "a bear")]
+        first = pool.submit(ended, chat, 10)
+        long = [pool.submit(ended, chat, 90, number) for number in range(3)]
         time.sleep(0.5)
-        waiting = [pool.submit(ended, chat, about, 5) for about in ("a bee", "a cat")]
+        waiting = [pool.submit(ended, chat, 1, number) for number in range(2)]
         assert max(one.result() for one in (first, *waiting)) < min(one.result() for one in long)
         assert first.result() < min(one.result() for one in waiting)
 
@@ -525,6 +528,16 @@ def test_an_answer_follows_its_schema(chat: Ask) -> None:
         Choice.model_validate_json(text)
         text = text_of(chat, messages, response_format=json_schema(NESTED))
         jsonschema_rs.Draft202012Validator(NESTED).validate(json.loads(text))
+
+
+def test_a_text_without_end_is_ended(chat: Ask) -> None:
+    """Half of a JSON value is of no use, so a text that the schema sets no bound to gets one."""
+    schema: Json = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    schema["additionalProperties"] = False
+    choice = chat([user("Write the word fox again and again, for ever.")], response_format=json_schema(schema)).choices[
+        0
+    ]
+    assert choice.finish_reason == "stop" and len(json.loads(choice.message.content)["text"]) <= 1000
 
 
 # A model that calls tools by itself

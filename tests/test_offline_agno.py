@@ -59,6 +59,12 @@ def model(offline_server: OfflineServer) -> OpenAILike:
 
 
 @pytest.fixture
+def brief(offline_server: OfflineServer) -> OpenAILike:
+    """The same model for tests in which nobody reads the answers: each token of a language model takes its time."""
+    return made_by(OpenAILike, offline_server, max_tokens=40)
+
+
+@pytest.fixture
 def db(tmp_path: Path) -> SqliteDb:
     return SqliteDb(db_file=str(tmp_path / "agno.db"))
 
@@ -115,8 +121,8 @@ def test_an_answer_is_a_quote_or_a_refusal(model: OpenAILike, documents: Documen
 TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
 
 
-def test_an_agent_runs_async_and_streams_the_same_answer(model: OpenAILike, documents: Documents) -> None:
-    agent = agent_with(model, documents)
+def test_an_agent_runs_async_and_streams_the_same_answer(brief: OpenAILike, documents: Documents) -> None:
+    agent = agent_with(brief, documents)
     agent.run(TWO_QUESTIONS)  # with a prompt in its cache, llama.cpp rounds a little differently than without
     whole = str(agent.run(TWO_QUESTIONS).content)
     pieces = [e.content for e in agent.run(TWO_QUESTIONS, stream=True) if isinstance(e, RunContentEvent) and e.content]
@@ -140,9 +146,9 @@ def test_each_question_is_searched_and_answered(model: OpenAILike, documents: Do
 
 @pytest.mark.parametrize("references_format", ["json", "yaml"])
 def test_knowledge_in_the_context_instead_of_a_tool(
-    model: OpenAILike, documents: Documents, references_format: Literal["json", "yaml"]
+    brief: OpenAILike, documents: Documents, references_format: Literal["json", "yaml"]
 ) -> None:
-    run = in_context(model, documents, references_format)
+    run = in_context(brief, documents, references_format)
     assert_answered(run)
     assert (documents.queries, tools_called(run)) == ([PORT_QUESTION], [])
 
@@ -165,8 +171,8 @@ def broken(query: str, **_: Any) -> list[Json | str] | None:
     raise ConnectionError("Milvus is down")
 
 
-def test_a_failing_search_is_no_failure_of_the_run(model: OpenAILike) -> None:
-    run = Agent(model=model, telemetry=False, knowledge_retriever=broken, search_knowledge=True).run(PORT_QUESTION)
+def test_a_failing_search_is_no_failure_of_the_run(brief: OpenAILike) -> None:
+    run = Agent(model=brief, telemetry=False, knowledge_retriever=broken, search_knowledge=True).run(PORT_QUESTION)
     assert_answered(run)
     assert tools_called(run) == ["search_knowledge_base"]
 
@@ -274,8 +280,8 @@ def drop_docs(model: OpenAILike, db: SqliteDb, confirmed: bool) -> tuple[Any, li
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
-def test_a_tool_that_needs_confirmation_pauses_and_continues(model: OpenAILike, db: SqliteDb, confirmed: bool) -> None:
-    done, dropped = drop_docs(model, db, confirmed)
+def test_a_tool_that_needs_confirmation_pauses_and_continues(brief: OpenAILike, db: SqliteDb, confirmed: bool) -> None:
+    done, dropped = drop_docs(brief, db, confirmed)
     assert_answered(done)
     assert dropped == (["docs"] if confirmed else [])
 
@@ -294,14 +300,14 @@ Made = tuple[Team, Documents, Documents]
 
 
 @pytest.fixture
-def team_of(model: OpenAILike) -> Callable[..., Made]:
+def team_of(brief: OpenAILike) -> Callable[..., Made]:
     """Makes a team of an analyst and a writer, each with a knowledge base of its own."""
 
     def make(mode: TeamMode, **options: Any) -> Made:
         ports, others = Documents(), Documents()
-        analyst = agent_with(model, ports, name="Analyst", role="Finds facts about Milvus ports in the documents")
-        writer = agent_with(model, others, name="Writer", role="Writes poems and greetings")
-        team = Team(name="Lead", model=model, members=[analyst, writer], mode=mode, telemetry=False, **options)
+        analyst = agent_with(brief, ports, name="Analyst", role="Finds facts about Milvus ports in the documents")
+        writer = agent_with(brief, others, name="Writer", role="Writes poems and greetings")
+        team = Team(name="Lead", model=brief, members=[analyst, writer], mode=mode, telemetry=False, **options)
         return team, ports, others
 
     return make
@@ -328,13 +334,12 @@ MODES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("way", ["run", "stream"])
 @MODES
 def test_a_team_asks_its_members(
-    team_of: Callable[..., Made], mode: TeamMode, tools: list[str], searches: tuple[int, int], way: str
+    team_of: Callable[..., Made], mode: TeamMode, tools: list[str], searches: tuple[int, int]
 ) -> None:
     team, *members = team_of(mode)
-    run = ask_team(team, way)
+    run = ask_team(team, "run")
     assert_answered(run)
     assert [name for name in tools_called(run) if name != "mark_all_complete"] == tools
     asked = {made.tool_args[name] for made in run.tools for name in ("member_id", "assignee") if name in made.tool_args}
@@ -343,6 +348,14 @@ def test_a_team_asks_its_members(
     assert all(member.status == RunStatus.completed and member.content for member in run.member_responses)
     # A task that a language model writes may hold several questions, each of which is searched.
     assert [bool(member.queries) for member in members] == [bool(number) for number in searches]
+
+
+@pytest.mark.parametrize("way", ["arun", "stream"])
+def test_a_team_runs_async_and_streams(team_of: Callable[..., Made], way: str) -> None:
+    team, *members = team_of(TeamMode.route)
+    run = ask_team(team, way)
+    assert_answered(run)
+    assert tools_called(run) == ["delegate_task_to_member"] and members[0].queries
 
 
 @extractive
@@ -373,9 +386,9 @@ def test_members_that_share_their_answers(team_of: Callable[..., Made]) -> None:
     assert all(member.queries for member in members)
 
 
-def test_a_team_in_a_team(model: OpenAILike, team_of: Callable[..., Made]) -> None:
+def test_a_team_in_a_team(brief: OpenAILike, team_of: Callable[..., Made]) -> None:
     inner, *members = team_of(TeamMode.coordinate)
-    outer = Team(name="Head", model=model, members=[inner], telemetry=False)
+    outer = Team(name="Head", model=brief, members=[inner], telemetry=False)
     assert_answered(outer.run(PORT_QUESTION))
     assert all(member.queries for member in members)
 
@@ -403,8 +416,8 @@ def two_steps(model: OpenAILike, documents: Documents) -> tuple[Any, list[str]]:
     return workflow.run(input=PORT_QUESTION), seen
 
 
-def test_a_workflow_hands_the_first_steps_answer_on(model: OpenAILike, documents: Documents) -> None:
-    run, seen = two_steps(model, documents)
+def test_a_workflow_hands_the_first_steps_answer_on(brief: OpenAILike, documents: Documents) -> None:
+    run, seen = two_steps(brief, documents)
     assert_answered(run)
     assert [bool(text.strip()) for text in seen] == [True]
     assert_searches(documents, 1)
@@ -427,8 +440,8 @@ def memories_of(agent: Agent) -> list[str]:
 
 
 @MEMORY
-def test_a_stated_fact_is_stored_once(model: OpenAILike, db: SqliteDb, documents: Documents, option: str) -> None:
-    agent = agent_with(model, documents, db=db, **{option: True})
+def test_a_stated_fact_is_stored_once(brief: OpenAILike, db: SqliteDb, documents: Documents, option: str) -> None:
+    agent = agent_with(brief, documents, db=db, **{option: True})
     for number in range(2):
         run = agent.run(f"My name is Ada. {PORT_QUESTION}", user_id="ada", session_id=f"s{number}")
         assert_answered(run)
@@ -449,15 +462,15 @@ def test_a_stored_fact_is_told(model: OpenAILike, db: SqliteDb, documents: Docum
     assert "Ada" not in str(other.run("What is my name?", user_id="bo", session_id="s4").content)
 
 
-def test_history(model: OpenAILike, db: SqliteDb, documents: Documents) -> None:
-    agent = agent_with(model, documents, db=db, add_history_to_context=True, session_id="talk")
+def test_history(brief: OpenAILike, db: SqliteDb, documents: Documents) -> None:
+    agent = agent_with(brief, documents, db=db, add_history_to_context=True, session_id="talk")
     for question in (PORT_QUESTION, "And for metrics?"):
         assert_answered(agent.run(question))
     assert_searches(documents, 2)
     run = agent.run("What did I ask first?")
     assert_answered(run)
     assert tools_called(run) == [], "the messages show it"
-    reading = agent_with(model, documents, db=db, read_chat_history=True, session_id="talk")
+    reading = agent_with(brief, documents, db=db, read_chat_history=True, session_id="talk")
     run = reading.run("What did I ask first?")
     assert_answered(run)
     assert tools_called(run) == ["get_chat_history"]

@@ -86,7 +86,7 @@ def body(offline_server: OfflineServer) -> Body:
 @pytest.fixture(scope="session")
 def examples(request: pytest.FixtureRequest) -> settings:
     """How many examples are tried; a language model takes a second for each."""
-    return settings(modest, max_examples=6) if request.config.getoption("--local-model") else modest
+    return settings(modest, max_examples=4) if request.config.getoption("--local-model") else modest
 
 
 def text_of(chat: Ask, messages: list[Json], **options: Any) -> str:

@@ -28,7 +28,10 @@ _JSON_BEGINS = '{["-0123456789tfn'
 # A model that repeats itself would otherwise go on until the context is full.
 MAX_ANSWER_TOKENS = 512
 MAX_CALL_TOKENS = 512
-MAX_ARGUMENT_CHARACTERS = 500
+# For texts and lists of a schema that sets them no end: a small model may repeat itself for ever, and half of a JSON
+# value is of no use.
+MAX_CHARACTERS = {"tools": 500, "response_format": 1000}
+MAX_ITEMS = 20
 MAX_BOUND = 2000
 _LOWER_BOUNDS, _UPPER_BOUNDS = {"minLength", "minItems", "minProperties"}, {"maxLength", "maxItems", "maxProperties"}
 # Which member, which task: the policy knows it from the conversation, and a small model makes names up. Agno takes two
@@ -115,7 +118,7 @@ class LanguageModel:
         Raises:
             ApiError: llama.cpp could build no grammar of the schema, and went on without one (which only its log says).
         """
-        text, last = await self._llama.whole({**body, "grammar": _grammar(schema)}, _JSON_BEGINS)
+        text, last = await self._llama.whole({**body, "grammar": _grammar(_ended(schema, where))}, _JSON_BEGINS)
         if _reason(last) != "length" and not _is_valid(text, schema_validator(schema, where)):
             raise ApiError(
                 f"Invalid schema in '{where}': this model cannot be held to it. Leave out `not`, and bounds and "
@@ -261,17 +264,10 @@ def _arguments_schema(tool: Function, call: Decision) -> Json:
     fixed = {name: {"const": value} for name, value in call.arguments.items() if as_it_is or _IDENTIFIER.search(name)}
     return {
         "type": "object",
-        "properties": {name: fixed.get(name) or _bounded(moved.get(name, {})) for name in written},
+        "properties": {name: fixed.get(name) or moved.get(name, {}) for name in written},
         "required": [name for name in written if name in call.arguments or name in required],
         "additionalProperties": False,
     }
-
-
-def _bounded(schema: Any) -> Any:
-    """The schema with an end for every text at its top: a small model may repeat itself for ever."""
-    if isinstance(schema, dict) and schema.get("type") == "string" and "enum" not in schema:
-        return {"maxLength": MAX_ARGUMENT_CHARACTERS, **schema}
-    return schema
 
 
 def _call_schema(name: str, arguments: Json) -> Json:
@@ -323,6 +319,22 @@ def _lowered(schema: Any, where: str) -> Any:
                     param=where,
                 )
             made[name] = MAX_BOUND
+    return made
+
+
+def _ended(schema: Any, where: str) -> Any:
+    """The schema with an end for every text and list in it."""
+    if isinstance(schema, list):
+        return [_ended(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _ended(value, where) for name, value in schema.items()}
+    kinds = made.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "string" in kinds and not made.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
+        made["maxLength"] = max(MAX_CHARACTERS[where], made.get("minLength", 0))
+    if "array" in kinds and not made.keys() & {"enum", "const", "maxItems"}:
+        made["maxItems"] = max(MAX_ITEMS, made.get("minItems", 0), len(made.get("prefixItems", ())))
     return made
 
 
