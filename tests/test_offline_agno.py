@@ -61,7 +61,7 @@ def model(offline_server: OfflineServer) -> OpenAILike:
 @pytest.fixture
 def brief(offline_server: OfflineServer) -> OpenAILike:
     """The same model for tests in which nobody reads the answers: each token of a language model takes its time."""
-    return made_by(OpenAILike, offline_server, max_tokens=40)
+    return made_by(OpenAILike, offline_server, max_tokens=30)
 
 
 @pytest.fixture
@@ -118,23 +118,23 @@ def test_an_answer_is_a_quote_or_a_refusal(model: OpenAILike, documents: Documen
     assert (declined.status, declined.content) == (RunStatus.completed, REFUSAL)
 
 
-TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
-
-
 def test_an_agent_runs_async_and_streams_the_same_answer(brief: OpenAILike, documents: Documents) -> None:
     agent = agent_with(brief, documents)
-    agent.run(TWO_QUESTIONS)  # with a prompt in its cache, llama.cpp rounds a little differently than without
-    whole = str(agent.run(TWO_QUESTIONS).content)
-    pieces = [e.content for e in agent.run(TWO_QUESTIONS, stream=True) if isinstance(e, RunContentEvent) and e.content]
+    agent.run(PORT_QUESTION)  # with a prompt in its cache, llama.cpp rounds a little differently than without
+    whole = str(agent.run(PORT_QUESTION).content)
+    pieces = [e.content for e in agent.run(PORT_QUESTION, stream=True) if isinstance(e, RunContentEvent) and e.content]
     assert "".join(pieces) == whole and len(pieces) > 5
 
     async def others() -> tuple[Any, str]:  # in one event loop: Agno keeps its client, which belongs to the first
-        run = await agent.arun(TWO_QUESTIONS)
-        events = agent.arun(TWO_QUESTIONS, stream=True)
+        run = await agent.arun(PORT_QUESTION)
+        events = agent.arun(PORT_QUESTION, stream=True)
         return run.content, "".join([e.content async for e in events if isinstance(e, RunContentEvent) and e.content])
 
     assert asyncio.run(others()) == (whole, whole)
-    assert_searches(documents, 10)  # one for each question of each run
+    assert_searches(documents, 5)
+
+
+TWO_QUESTIONS = f"{PORT_QUESTION} {BACKUP_QUESTION}"
 
 
 @extractive
@@ -380,12 +380,6 @@ def test_a_team_declines_what_no_member_can_answer(team_of: Callable[..., Made])
         assert (run.status, run.content) == (RunStatus.completed, REFUSAL)
 
 
-def test_members_that_share_their_answers(team_of: Callable[..., Made]) -> None:
-    team, *members = team_of(TeamMode.coordinate, share_member_interactions=True)
-    assert_answered(team.run(PORT_QUESTION))
-    assert all(member.queries for member in members)
-
-
 def test_a_team_in_a_team(brief: OpenAILike, team_of: Callable[..., Made]) -> None:
     inner, *members = team_of(TeamMode.coordinate)
     outer = Team(name="Head", model=brief, members=[inner], telemetry=False)
@@ -442,19 +436,21 @@ def memories_of(agent: Agent) -> list[str]:
 @MEMORY
 def test_a_stated_fact_is_stored_once(brief: OpenAILike, db: SqliteDb, documents: Documents, option: str) -> None:
     agent = agent_with(brief, documents, db=db, **{option: True})
-    for number in range(2):
-        run = agent.run(f"My name is Ada. {PORT_QUESTION}", user_id="ada", session_id=f"s{number}")
-        assert_answered(run)
-        assert "search_knowledge_base" in tools_called(run)
-        assert len(memories_of(agent)) == 1 and "My name is Ada." in memories_of(agent)[0]
+    run = agent.run(f"My name is Ada. {PORT_QUESTION}", user_id="ada", session_id="s0")
+    assert_answered(run)
+    assert "search_knowledge_base" in tools_called(run)
+    assert len(memories_of(agent)) == 1 and "My name is Ada." in memories_of(agent)[0]
 
 
 @extractive
 @MEMORY
-def test_a_stored_fact_is_told(model: OpenAILike, db: SqliteDb, documents: Documents, option: str) -> None:
+def test_a_stored_fact_is_told_and_not_stored_again(
+    model: OpenAILike, db: SqliteDb, documents: Documents, option: str
+) -> None:
     agent = agent_with(model, documents, db=db, **{option: True})
-    run = agent.run(f"My name is Ada. {PORT_QUESTION}", user_id="ada", session_id="s0")
-    assert run.content == PORT_ANSWER
+    for number in range(2):
+        run = agent.run(f"My name is Ada. {PORT_QUESTION}", user_id="ada", session_id=f"s{number}")
+        assert run.content == PORT_ANSWER
     agent.run(PORT_QUESTION, user_id="ada", session_id="s2")
     assert len(memories_of(agent)) == 1
     other = agent_with(model, db=db, add_memories_to_context=True)
@@ -467,9 +463,6 @@ def test_history(brief: OpenAILike, db: SqliteDb, documents: Documents) -> None:
     for question in (PORT_QUESTION, "And for metrics?"):
         assert_answered(agent.run(question))
     assert_searches(documents, 2)
-    run = agent.run("What did I ask first?")
-    assert_answered(run)
-    assert tools_called(run) == [], "the messages show it"
     reading = agent_with(brief, documents, db=db, read_chat_history=True, session_id="talk")
     run = reading.run("What did I ask first?")
     assert_answered(run)
@@ -507,17 +500,25 @@ def test_a_session_summary_quotes(model: OpenAILike, db: SqliteDb, documents: Do
 # Evals
 
 
-def test_evals_get_a_result_that_parses(model: OpenAILike, documents: Documents) -> None:
-    agent = agent_with(model, documents)
-    quiet: Json = {"model": model, "telemetry": False, "show_spinner": False}
+@pytest.fixture
+def quiet(model: OpenAILike) -> Json:
+    """The options of an eval with the model under test as its judge."""
+    return {"model": model, "telemetry": False, "show_spinner": False}
+
+
+def test_an_accuracy_eval_gets_a_score(brief: OpenAILike, documents: Documents, quiet: Json) -> None:
+    agent = agent_with(brief, documents)
     accuracy = AccuracyEval(input=PORT_QUESTION, expected_output="19530", agent=agent, **quiet).run()
     assert accuracy is not None
     (result,) = accuracy.results
     assert 0 <= result.score <= 10 and result.reason
-    for strategy in ("binary", "numeric"):
-        judge = AgentAsJudgeEval(criteria="The answer names a port.", scoring_strategy=strategy, **quiet)
-        judged = judge.run(input=PORT_QUESTION, output=PORT_ANSWER)
-        assert judged is not None
-        (verdict,) = judged.results
-        assert verdict.reason and verdict.passed in (True, False)
-        assert strategy == "binary" or (verdict.score is not None and 1 <= verdict.score <= 10)
+
+
+@pytest.mark.parametrize("strategy", ["binary", pytest.param("numeric", marks=extractive)])
+def test_a_judge_gives_a_verdict(quiet: Json, strategy: Literal["binary", "numeric"]) -> None:
+    judge = AgentAsJudgeEval(criteria="The answer names a port.", scoring_strategy=strategy, **quiet)
+    judged = judge.run(input=PORT_QUESTION, output=PORT_ANSWER)
+    assert judged is not None
+    (verdict,) = judged.results
+    assert verdict.reason and verdict.passed in (True, False)
+    assert strategy == "binary" or (verdict.score is not None and 1 <= verdict.score <= 10)

@@ -245,7 +245,7 @@ SEPARATED = "a\u2028b\u2029c\u0085d\u000be\u001cf\r\ng\t\u00a0h"
 EXACTLY: Json = {"type": "object", "properties": {"text": {"const": SEPARATED}}, "required": ["text"]}
 STREAMED: dict[str, tuple[list[Json], Json]] = {
     "answer": (searched(TWO_QUESTIONS, BOTH), {}),
-    "refusal": (searched(OTHER_QUESTION, BOTH), {"max_tokens": 60}),
+    "refusal": (searched(OTHER_QUESTION, BOTH), {"max_tokens": 20}),
     "one call": ([user(PORT_QUESTION)], {"tools": [SEARCH]}),
     "two calls": ([user(TWO_QUESTIONS)], {"tools": [SEARCH]}),
     "no arguments": ([user("x")], {"tools": [tool("now")], "tool_choice": "required"}),
