@@ -62,7 +62,6 @@ class Llama:
         key = secrets.token_urlsafe(24)
         params.api_keys = [key]
         try:
-            # Its destructor ends llama.cpp's threads; nothing else of it is needed.
             self._server = xllamacpp.Server(params)
         except RuntimeError:
             raise ModelFileError(
@@ -78,6 +77,10 @@ class Llama:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
+
+    def close(self) -> None:
+        """End llama.cpp's threads: one that still computes when this process ends reads what is already gone."""
+        del self._server
 
     async def stream(self, body: Json) -> AsyncGenerator[Json, None]:
         """The chunks of a streamed chat completion, the one with the usage last.

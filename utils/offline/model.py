@@ -9,18 +9,17 @@ that calls tools well decides for itself and reads the messages as they are (`na
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
-from jsonschema_rs import Draft202012Validator
 from starlette.concurrency import run_in_threadpool
 
 from utils.offline.answers import parse_passages
 from utils.offline.conversation import Conversation
 from utils.offline.engine import End, Piece
+from utils.offline.grammars import answer_grammar, arguments_schema, call_schema, is_valid, json_grammar, within_bounds
 from utils.offline.llama import Llama
-from utils.offline.policy import Decision, allowed_tools, due_calls, is_known, is_verbatim
+from utils.offline.policy import Decision, allowed_tools, due_calls
 from utils.offline.protocol import ApiError, ChatRequest, Function, Message, NamedTool, check_chat, schema_validator
 
 Json = dict[str, Any]
@@ -28,18 +27,6 @@ _JSON_BEGINS = '{["-0123456789tfn'
 # A model that repeats itself would otherwise go on until the context is full.
 MAX_ANSWER_TOKENS = 512
 MAX_CALL_TOKENS = 512
-# For texts and lists of a schema that sets them no end: a small model may repeat itself for ever, and half of a JSON
-# value is of no use.
-MAX_CHARACTERS = {"tools": 500, "response_format": 1000}
-MAX_ITEMS = 20
-MAX_BOUND = 2000
-_LOWER_BOUNDS, _UPPER_BOUNDS = {"minLength", "minItems", "minProperties"}, {"maxLength", "maxItems", "maxProperties"}
-# Which member, which task: the policy knows it from the conversation, and a small model makes names up. Agno takes two
-# tasks of one title for the same.
-_IDENTIFIER = re.compile(r"_id$|^(assignee|title)$")
-# Blanks and line breaks between the parts of a JSON value are tokens that take time. Lenient: what a grammar cannot
-# express (uniqueItems, oneOf as different from anyOf, unknown formats) is left to the check of the whole text.
-_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 
 
 class LanguageModel:
@@ -61,7 +48,7 @@ class LanguageModel:
     async def reply(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """See Engine."""
         check_chat(request)
-        request = _within_bounds(request)
+        request = within_bounds(request)
         choices = [] if self._native else await run_in_threadpool(_calls_to_make, request)
         if choices:
             read = written = 0
@@ -80,16 +67,13 @@ class LanguageModel:
     async def _call(self, request: ChatRequest, alternatives: tuple[Decision, ...]) -> tuple[Decision, Json]:
         """One tool call, written by the model under a schema; and the tokens that it took."""
         tools = {tool.name: tool for tool in allowed_tools(request)}
-        schemas = {call.name: _arguments_schema(tools[call.name], call) for call in alternatives}
+        schemas = {call.name: arguments_schema(tools[call.name], call) for call in alternatives}
         names = list(schemas)
         first = schemas[names[0]]["properties"]
         if len(names) == 1 and all("const" in wanted for wanted in first.values()):  # nothing to write
             known = {name: wanted["const"] for name, wanted in first.items()}
             return Decision(names[0], known), {"prompt_tokens": 0, "completion_tokens": 0}
-        schema = {
-            "anyOf": [_call_schema(name, schemas[name]) for name in names],
-            "$defs": {name: _moved(tools[name].parameters, f"/$defs/{name}") for name in names},
-        }
+        schema = call_schema(tools, schemas)
         asked = _told(request.messages)
         _add(asked, "user", _instruction(tools, alternatives))
         body = _sampling(request) | {"messages": asked, "max_tokens": MAX_CALL_TOKENS}
@@ -118,8 +102,8 @@ class LanguageModel:
         Raises:
             ApiError: llama.cpp could build no grammar of the schema, and went on without one (which only its log says).
         """
-        text, last = await self._llama.whole({**body, "grammar": _grammar(_ended(schema, where))}, _JSON_BEGINS)
-        if _reason(last) != "length" and not _is_valid(text, schema_validator(schema, where)):
+        text, last = await self._llama.whole({**body, "grammar": json_grammar(schema, where)}, _JSON_BEGINS)
+        if _reason(last) != "length" and not is_valid(text, schema_validator(schema, where)):
             raise ApiError(
                 f"Invalid schema in '{where}': this model cannot be held to it. Leave out `not`, and bounds and "
                 "patterns that contradict each other.",
@@ -139,7 +123,7 @@ class LanguageModel:
                 "parallel_tool_calls": request.parallel_tool_calls,
             }
         elif not self._native and request.messages[-1].role == "tool":
-            body["grammar"] = _in_words(_found_last(request.messages))
+            body["grammar"] = answer_grammar(_found_last(request.messages))
         async for chunk in self._llama.stream(body):
             for choice in chunk["choices"]:
                 if text := choice["delta"].get("content"):
@@ -222,18 +206,6 @@ def _found_last(messages: list[Message]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _in_words(sources: list[str]) -> str:
-    """A grammar for the answer to what tools returned: it begins with a word, and cites no document but these.
-
-    A small model likes to go on with what it has just read (documents, JSON), to cite the example of its instructions,
-    and to name a document where the fact should stand. What looks like an id in square brackets must therefore be one
-    of those found, behind the end of a sentence.
-    """
-    ids = "|".join(re.escape(source).replace("/", r"\/") for source in sources)
-    cited = rf"|[.!?:)`*|\n]([, ]*\[({ids})\])+" if ids else ""
-    return rf"%llguidance {{}}{chr(10)}start: /[^\[\{{<]([^\[]|\[[^A-Za-z ]{cited})*/"
-
-
 def _add(made: list[Json], role: str, text: str) -> None:
     """Add a message; one of the role of the last is joined to it, since some models know no two in a row."""
     if made and made[-1]["role"] == role:
@@ -252,102 +224,6 @@ def _readable(result: str) -> str:
     if not all(passage.source for passage in passages):
         return result
     return "\n\n".join(f'<document id="{passage.source}">\n{passage.text}\n</document>' for passage in passages)
-
-
-def _arguments_schema(tool: Function, call: Decision) -> Json:
-    """The tool's parameters as far as the model is to write them; what the policy alone knows is fixed."""
-    properties = tool.parameters.get("properties", {})
-    moved = _moved(properties, f"/$defs/{tool.name}")
-    required = tool.parameters.get("required", [])
-    written = [name for name in properties if name in call.arguments or name in required or not is_known(tool)]
-    as_it_is = is_verbatim(tool)
-    fixed = {name: {"const": value} for name, value in call.arguments.items() if as_it_is or _IDENTIFIER.search(name)}
-    return {
-        "type": "object",
-        "properties": {name: fixed.get(name) or moved.get(name, {}) for name in written},
-        "required": [name for name in written if name in call.arguments or name in required],
-        "additionalProperties": False,
-    }
-
-
-def _call_schema(name: str, arguments: Json) -> Json:
-    return {
-        "type": "object",
-        "properties": {"name": {"const": name}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """The schema with its references as they must be when it stands at `place` within another one."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    own = schema.get("$ref")
-    moved = {"$ref": f"#{place}{own[1:]}"} if isinstance(own, str) and own.startswith("#") else {}
-    return {name: _moved(value, place) for name, value in schema.items()} | moved
-
-
-def _within_bounds(request: ChatRequest) -> ChatRequest:
-    """The request with schemas that ask for no more than a reply can hold: a grammar for more takes all memory.
-
-    Raises:
-        ApiError: a schema does not allow less.
-    """
-    made = request.model_copy(deep=True)
-    for tool in made.tools or []:
-        tool.function.parameters = _lowered(tool.function.parameters, "tools")
-    if made.response_format is not None and (wanted := made.response_format.json_schema) is not None:
-        wanted.schema_ = _lowered(wanted.schema_, "response_format")
-    return made
-
-
-def _lowered(schema: Any, where: str) -> Any:
-    if isinstance(schema, list):
-        return [_lowered(part, where) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {name: _lowered(value, where) for name, value in schema.items()}
-    for name in _LOWER_BOUNDS | _UPPER_BOUNDS:
-        value = made.get(name)
-        if isinstance(value, int | float) and value > MAX_BOUND:
-            if name in _LOWER_BOUNDS:
-                raise ApiError(
-                    f"Invalid schema in '{where}': {name} is {value}, and this model allows up to {MAX_BOUND}.",
-                    param=where,
-                )
-            made[name] = MAX_BOUND
-    return made
-
-
-def _ended(schema: Any, where: str) -> Any:
-    """The schema with an end for every text and list in it."""
-    if isinstance(schema, list):
-        return [_ended(part, where) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {name: _ended(value, where) for name, value in schema.items()}
-    kinds = made.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "string" in kinds and not made.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
-        made["maxLength"] = max(MAX_CHARACTERS[where], made.get("minLength", 0))
-    if "array" in kinds and not made.keys() & {"enum", "const", "maxItems"}:
-        made["maxItems"] = max(MAX_ITEMS, made.get("minItems", 0), len(made.get("prefixItems", ())))
-    return made
-
-
-def _is_valid(text: str, validator: Draft202012Validator) -> bool:
-    try:
-        return bool(validator.is_valid(json.loads(text)))
-    except ValueError:
-        return False
-
-
-def _grammar(schema: Json) -> str:
-    """The schema as a grammar of llguidance, which llama.cpp is built with; it lets no other text pass."""
-    return f"%llguidance {{}}\nstart: %json {json.dumps({**schema, 'x-guidance': _GUIDANCE})}"
 
 
 def _instruction(tools: dict[str, Function], alternatives: tuple[Decision, ...]) -> str:

@@ -1,0 +1,150 @@
+"""What a language model may write: grammars and JSON schemas that llama.cpp holds it to.
+
+llama.cpp is built with llguidance, which turns a JSON schema into a grammar. It ignores a schema of which it can build
+none, and a bound of a trillion takes all memory, so schemas are bounded here, and what was written is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from jsonschema_rs import Draft202012Validator
+
+from utils.offline.policy import Decision, is_known, is_verbatim
+from utils.offline.protocol import ApiError, ChatRequest, Function
+
+Json = dict[str, Any]
+# For texts and lists of a schema that sets them no end: a small model may repeat itself for ever, and half of a JSON
+# value is of no use.
+MAX_CHARACTERS = {"tools": 500, "response_format": 1000}
+MAX_ITEMS = 20
+MAX_BOUND = 2000
+_LOWER_BOUNDS, _UPPER_BOUNDS = {"minLength", "minItems", "minProperties"}, {"maxLength", "maxItems", "maxProperties"}
+# Which member, which task: the policy knows it from the conversation, and a small model makes names up. Agno takes two
+# tasks of one title for the same.
+_IDENTIFIER = re.compile(r"_id$|^(assignee|title)$")
+# Blanks and line breaks between the parts of a JSON value are tokens that take time. Lenient: what a grammar cannot
+# express (uniqueItems, oneOf as different from anyOf, unknown formats) is left to the check of the whole text.
+_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
+
+
+def answer_grammar(sources: list[str]) -> str:
+    """A grammar for the answer to what tools returned: it begins with a word, and cites no document but these.
+
+    A small model likes to go on with what it has just read (documents, JSON), to cite the example of its instructions,
+    and to name a document where the fact should stand. What looks like an id in square brackets must therefore be one
+    of those found, behind the end of a sentence.
+    """
+    ids = "|".join(re.escape(source).replace("/", r"\/") for source in sources)
+    cited = rf"|[.!?:)`*|\n]([, ]*\[({ids})\])+" if ids else ""
+    return rf"%llguidance {{}}{chr(10)}start: /[^\[\{{<]([^\[]|\[[^A-Za-z ]{cited})*/"
+
+
+def json_grammar(schema: Json, where: str) -> str:
+    """The schema as a grammar that lets no other text pass, with an end for every text and list in it.
+
+    Args:
+        schema: a JSON schema, within bounds.
+        where: "tools" or "response_format", which sets how long texts may be.
+    """
+    ended = _ended(schema, where)
+    return f"%llguidance {{}}\nstart: %json {json.dumps({**ended, 'x-guidance': _GUIDANCE})}"
+
+
+def is_valid(text: str, validator: Draft202012Validator) -> bool:
+    """Whether the text is JSON that follows the schema of the validator."""
+    try:
+        return bool(validator.is_valid(json.loads(text)))
+    except ValueError:
+        return False
+
+
+def call_schema(tools: dict[str, Function], arguments: dict[str, Json]) -> Json:
+    """The schema of one call of one of the tools, given for each the schema of its arguments (see arguments_schema)."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": schema},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, schema in arguments.items()
+    ]
+    return {"anyOf": calls, "$defs": {name: _moved(tools[name].parameters, f"/$defs/{name}") for name in arguments}}
+
+
+def arguments_schema(tool: Function, call: Decision) -> Json:
+    """The tool's parameters as far as the model is to write them; what the policy alone knows is fixed."""
+    properties = tool.parameters.get("properties", {})
+    moved = _moved(properties, f"/$defs/{tool.name}")
+    required = tool.parameters.get("required", [])
+    written = [name for name in properties if name in call.arguments or name in required or not is_known(tool)]
+    as_it_is = is_verbatim(tool)
+    fixed = {name: {"const": value} for name, value in call.arguments.items() if as_it_is or _IDENTIFIER.search(name)}
+    return {
+        "type": "object",
+        "properties": {name: fixed.get(name) or moved.get(name, {}) for name in written},
+        "required": [name for name in written if name in call.arguments or name in required],
+        "additionalProperties": False,
+    }
+
+
+def within_bounds(request: ChatRequest) -> ChatRequest:
+    """The request with schemas that ask for no more than a reply can hold: a grammar for more takes all memory.
+
+    Raises:
+        ApiError: a schema does not allow less.
+    """
+    made = request.model_copy(deep=True)
+    for tool in made.tools or []:
+        tool.function.parameters = _lowered(tool.function.parameters, "tools")
+    if made.response_format is not None and (wanted := made.response_format.json_schema) is not None:
+        wanted.schema_ = _lowered(wanted.schema_, "response_format")
+    return made
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references as they must be when it stands at `place` within another one."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    own = schema.get("$ref")
+    moved = {"$ref": f"#{place}{own[1:]}"} if isinstance(own, str) and own.startswith("#") else {}
+    return {name: _moved(value, place) for name, value in schema.items()} | moved
+
+
+def _lowered(schema: Any, where: str) -> Any:
+    if isinstance(schema, list):
+        return [_lowered(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _lowered(value, where) for name, value in schema.items()}
+    for name in _LOWER_BOUNDS | _UPPER_BOUNDS:
+        value = made.get(name)
+        if isinstance(value, int | float) and value > MAX_BOUND:
+            if name in _LOWER_BOUNDS:
+                raise ApiError(
+                    f"Invalid schema in '{where}': {name} is {value}, and this model allows up to {MAX_BOUND}.",
+                    param=where,
+                )
+            made[name] = MAX_BOUND
+    return made
+
+
+def _ended(schema: Any, where: str) -> Any:
+    """The schema with an end for every text and list in it."""
+    if isinstance(schema, list):
+        return [_ended(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: _ended(value, where) for name, value in schema.items()}
+    kinds = made.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "string" in kinds and not made.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
+        made["maxLength"] = max(MAX_CHARACTERS[where], made.get("minLength", 0))
+    if "array" in kinds and not made.keys() & {"enum", "const", "maxItems"}:
+        made["maxItems"] = max(MAX_ITEMS, made.get("minItems", 0), len(made.get("prefixItems", ())))
+    return made
