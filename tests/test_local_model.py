@@ -38,6 +38,7 @@ from offline_messages import (
     user,
 )
 from pydantic import BaseModel, Field
+from waiting import gone, wait_for
 
 from utils import lesson, local_models, models, offline
 from utils.bootstrap import ROOT
@@ -97,20 +98,6 @@ def counted(server: OfflineServer, name: str) -> float:
     found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
     assert found, text
     return sum(map(float, found))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
-def gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def assert_sentence(said: str) -> None:
@@ -286,7 +273,7 @@ def test_a_client_that_hangs_up_frees_its_slot(offline_server: OfflineServer, st
     def busy() -> float:
         return counted(offline_server, "llamacpp:requests_processing")
 
-    assert wait_for(lambda: busy() == 0)
+    assert wait_for(lambda: busy() == 0, 60)
     asked: Json = {"model": offline_server.model, "messages": STORY, "max_tokens": 2000, "stream": stream}
     headers = {"Authorization": f"Bearer {offline_server.api_key}"}
     before = counted(offline_server, "model_requests_total")
@@ -332,7 +319,7 @@ def test_it_ends_when_its_owner_is_killed_while_the_model_loads(tmp_path: Path, 
     def loads() -> bool:
         return str(model_path) in Path(f"/proc/{servers()[0].pid}/maps").read_text()
 
-    assert wait_for(lambda: bool(servers())) and wait_for(loads)
+    assert wait_for(lambda: bool(servers()), 60) and wait_for(loads, 60)
     (server,) = servers()
     owner.kill()
     said, _ = owner.communicate()

@@ -41,13 +41,6 @@ if TYPE_CHECKING:
 linux_server = pytest.mark.skipif(sys.platform != "linux", reason="the server is for Linux")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
 def client_of(lab: Lab) -> MilvusClient:
     return MilvusClient(lab.uri, token=lab.token, timeout=30)
 

@@ -17,6 +17,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from waiting import gone, wait_for
 
 from utils import local_models
 from utils.bootstrap import ROOT
@@ -44,21 +45,6 @@ if what == "sleep":
         print("interrupted", flush=True)
         sys.stdin.readline()
 """
-
-
-def wait_for(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
-def gone(process: psutil.Process) -> bool:
-    """The process ended; where nobody has collected its end yet it is a zombie."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def answers(base_url: str) -> bool:

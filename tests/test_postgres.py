@@ -8,7 +8,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from agno.db.base import SessionType
 from agno.db.postgres import PostgresDb
 from agno.session import AgentSession
+from waiting import wait_for
 
 from utils.bootstrap import ROOT
 from utils.milvus_lab.programs import LabError
@@ -45,13 +45,6 @@ def processes_of(folder: Path) -> list[str]:
         if str(folder) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(command)
     return found
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture(scope="module")

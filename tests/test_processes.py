@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from utils.bootstrap import ROOT
 from utils.errors import CourseError
@@ -24,13 +23,6 @@ SLEEP = "import time; time.sleep(60)"
 
 def server(folder: Path, code: str, **environment: str) -> ServerProcess:
     return ServerProcess("test server", [sys.executable, "-c", code], folder / "logs" / "server.log", environment)
-
-
-def wait_for(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 def mark_of(pid: int) -> str:

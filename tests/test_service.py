@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 from conftest import model_environment
+from waiting import wait_for
 
 from utils import offline
 from utils.bootstrap import ROOT
@@ -35,13 +36,6 @@ CANTEEN = "# Canteen\n\nThe canteen closes at 14:30 on Fridays."
 ANSWER = "The canteen closes at 14:30 on Fridays. [canteen.md]"
 # One client, because making one takes 17 ms; no kept connections, because their services are killed.
 HTTP = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def get(found: Service, path: str, **params: str) -> Any:
