@@ -48,8 +48,8 @@ ENGINES = {
     "1.5B": {"MODEL_PROVIDER": "local", "MODEL_ID": "default"},
 }
 MEASURED = ROOT / "data" / "local" / "benchmarks" / "engines.jsonl"
-# How language models decline. Read with --read: every answer that it takes for a refusal, and every one it does not.
-DECLINES = re.compile(
+# How language models decline. Read with --read: every answer that is taken for a refusal, and every one that is not.
+_DECLINES = re.compile(
     r"\b(do(es)? not|don't|doesn't|did not|cannot|can't|could not|is not|are not|isn't|not) (\w+ ){0,3}"
     r"(answer|contain|mention|provide|specif|find|found|have (any )?information|cover|address|include|state|explicitly)"
     r"|\bno (information|mention|details|documents?|relevant|specific|answer)\b"
@@ -88,6 +88,12 @@ def support(answer: str, passages: list[str]) -> tuple[int, int]:
             for stems, text in zip(known, texts, strict=True)
         )
     return supported, total
+
+
+def declines(answer: str) -> bool:
+    """Whether the answer begins with a refusal; further down, "it does not contain" may belong to what is explained."""
+    first = re.split(r"(?<=[.!?:])\s+", answer.strip())[0]
+    return bool(_DECLINES.search(first))
 
 
 def measure(library: Library, question: Question) -> dict[str, Any]:
@@ -160,13 +166,16 @@ def gather(questions: list[Question]) -> list[dict[str, Any]]:
                 for question in tqdm(waiting, desc=name):
                     row = measure(library, question) if tools == "policy" else {"called": calls_alone(question)}
                     about = {"engine": name, "question": question.question, "answerable": question.answerable}
-                    known = {"correct": question.holds_key_facts(str(row.get("answer", ""))) and question.answerable}
-                    rows.append(about | known | row | {"speed": speed.__dict__ if speed else None})
+                    rows.append(about | row | {"speed": speed.__dict__ if speed else None})
                     log.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
                     log.flush()
                 library.close()
                 lesson.close_lite(workspace)
                 models.stop_offline()
+    asked_for = {question.question: question for question in questions}
+    for row in rows:  # here, so that the labels count as they are today
+        question = asked_for[row["question"]]
+        row["correct"] = question.answerable and question.holds_key_facts(row.get("answer", ""))
     return rows
 
 
@@ -176,7 +185,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for engine in ENGINES:
         mine = [row for row in rows if row["engine"] == engine]
         alone = [row["called"] for row in rows if row["engine"] == f"{engine} alone"]
-        refused = {row["question"]: bool(DECLINES.search(row["answer"])) for row in mine}
+        refused = {row["question"]: declines(row["answer"]) for row in mine}
         answerable = [row for row in mine if row["answerable"]]
         others = [row for row in mine if not row["answerable"]]
         answered = [row for row in mine if not refused[row["question"]]]
@@ -227,7 +236,7 @@ def main() -> None:
     if options.read:
         for row in sorted(rows, key=lambda row: str(row["question"])):
             if "answer" in row:
-                mark = "declines" if DECLINES.search(row["answer"]) else "right" if row["correct"] else "wrong"
+                mark = "declines" if declines(row["answer"]) else "right" if row["correct"] else "wrong"
                 print(f"\n{row['question']}\n  {row['engine']} ({mark}): {' '.join(row['answer'].split())}")
     figures = summary(rows)
     print(pd.DataFrame(figures).to_string())

@@ -34,12 +34,13 @@ def answer_grammar(sources: list[str]) -> str:
     """A grammar for the answer to what tools returned: it begins with a word, and cites no document but these.
 
     A small model likes to go on with what it has just read (documents, JSON), to cite the example of its instructions,
-    and to name a document where the fact should stand. What looks like an id in square brackets must therefore be one
-    of those found, behind the end of a sentence.
+    and to put a document's id where the fact should stand. So square brackets are for code (`meta["k"]`, `in ["a"]`)
+    and, behind the end of a sentence, for ids of what was found.
     """
+    code = r"""(in |[=(,:] ?|[A-Za-z0-9_)\]])\[[-0-9:"']"""
     ids = "|".join(re.escape(source).replace("/", r"\/") for source in sources)
     cited = rf"|[.!?:)`*|\n]([, ]*\[({ids})\])+" if ids else ""
-    return rf"%llguidance {{}}{chr(10)}start: /[^\[\{{<]([^\[]|\[[^A-Za-z ]{cited})*/"
+    return f"%llguidance {{}}\nstart: /[^\\[{{<]([^\\[]|{code}{cited})*/"
 
 
 def json_grammar(schema: Json, where: str) -> str:

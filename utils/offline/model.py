@@ -78,10 +78,12 @@ class LanguageModel:
         _add(asked, "user", _instruction(tools, alternatives))
         body = _sampling(request) | {"messages": asked, "max_tokens": MAX_CALL_TOKENS}
         text, last = await self._held(body, schema, "tools")
-        if _reason(last) == "length":
-            raise ApiError(f"The model did not finish a call of {', '.join(names)}.", 500, "server_error")
-        call = json.loads(text)
-        return Decision(call["name"], call["arguments"]), last["usage"]
+        if _reason(last) != "length":
+            call = json.loads(text)
+            return Decision(call["name"], call["arguments"]), last["usage"]
+        if alternatives[0].arguments:  # it repeats itself; what the policy would ask for is better than no call
+            return alternatives[0], last["usage"]
+        raise ApiError(f"The model did not finish a call of {', '.join(names)}.", 500, "server_error")
 
     async def _json(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """An answer in JSON, sent when it is whole and follows its schema."""
