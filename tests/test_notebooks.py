@@ -265,13 +265,24 @@ def test_readme_links_resolve_and_pictures_have_alt_text() -> None:
     assert not images_without_alt(readme())
 
 
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "data" / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def figures_after(question: str) -> list[int]:
+    """The numbers of the README's paragraph that begins with this question, in order."""
+    paragraph = readme().split(question)[1].split("\n\n")[0]
+    return [int(figure) for figure in re.findall(r"(\d+)(?: %|\s+and (?=\d)|\s+seconds)", paragraph)]
+
+
 def test_readme_figures_are_the_measured_ones() -> None:
-    measured = json.loads((ROOT / "data" / "benchmarks" / "answers.json").read_text(encoding="utf-8"))
-    figures = measured["modes"]["reranked"]
-    shown = [round(100 * figures[name]) for name in ("recall@3", "key fact", "correct refusals")]
-    assert re.findall(r"(\d+) %", readme().split("How good is the offline model?")[1].split("\n\n")[0]) == [
-        *map(str, shown)
-    ]
+    offline = measured("answers")["modes"]["reranked"]
+    shown = [round(100 * offline[name]) for name in ("recall@3", "key fact", "correct refusals")]
+    assert figures_after("How good is the offline model?") == shown
+    models = [measured("engines")["engines"][size] for size in ("1.5B", "0.5B")]
+    shown = [round(100 * figures["key fact present"]) for figures in models]
+    shown += [round(figures["seconds per question"]) for figures in models]
+    assert figures_after("How good are the two language models?") == shown
 
 
 def test_top_level_holds_what_the_design_says() -> None:

@@ -11,7 +11,6 @@
     LOCAL_TOOLS       policy: the local model writes a tool call when the policy finds one due; native: it decides by
                       itself, for larger models that do this well (default: policy)
     MODEL_FOLDER      folder for fetched models (default: the user's cache folder)
-    HF_ENDPOINT       URL of another hub to fetch them from; HF_TOKEN is the token for models that need one
     OFFLINE_TOKENS_PER_SECOND  slows the offline model down to the pace of another one (default: 0, at once)
     MILVUS_URI        http://host:19530 of a server, or a path ending in .db for Milvus Lite (default: Milvus Lite in
                       the notebook's own folder)
