@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from jsonschema_rs import Draft202012Validator
@@ -106,46 +107,53 @@ def within_bounds(request: ChatRequest) -> ChatRequest:
     return made
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _changed(schema: Any, change: Callable[[Json], Json]) -> Any:
+    """The schema with a change made to each object in it, the innermost first."""
+    if isinstance(schema, list):
+        return [_changed(part, change) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return change({name: _changed(value, change) for name, value in schema.items()})
+
+
+def _moved(schema: Json, place: str) -> Any:
     """The schema with its references as they must be when it stands at `place` within another one."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    own = schema.get("$ref")
-    moved = {"$ref": f"#{place}{own[1:]}"} if isinstance(own, str) and own.startswith("#") else {}
-    return {name: _moved(value, place) for name, value in schema.items()} | moved
+
+    def move(part: Json) -> Json:
+        own = part.get("$ref")
+        return part | ({"$ref": f"#{place}{own[1:]}"} if isinstance(own, str) and own.startswith("#") else {})
+
+    return _changed(schema, move)
 
 
-def _lowered(schema: Any, where: str) -> Any:
-    if isinstance(schema, list):
-        return [_lowered(part, where) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {name: _lowered(value, where) for name, value in schema.items()}
-    for name in _LOWER_BOUNDS | _UPPER_BOUNDS:
-        value = made.get(name)
-        if isinstance(value, int | float) and value > MAX_BOUND:
-            if name in _LOWER_BOUNDS:
-                raise ApiError(
-                    f"Invalid schema in '{where}': {name} is {value}, and this model allows up to {MAX_BOUND}.",
-                    param=where,
-                )
-            made[name] = MAX_BOUND
-    return made
+def _lowered(schema: Json, where: str) -> Any:
+    """The schema with no bound above MAX_BOUND."""
+
+    def lower(part: Json) -> Json:
+        for name in _LOWER_BOUNDS | _UPPER_BOUNDS:
+            value = part.get(name)
+            if isinstance(value, int | float) and value > MAX_BOUND:
+                if name in _LOWER_BOUNDS:
+                    raise ApiError(
+                        f"Invalid schema in '{where}': {name} is {value}, and this model allows up to {MAX_BOUND}.",
+                        param=where,
+                    )
+                part[name] = MAX_BOUND
+        return part
+
+    return _changed(schema, lower)
 
 
-def _ended(schema: Any, where: str) -> Any:
+def _ended(schema: Json, where: str) -> Any:
     """The schema with an end for every text and list in it."""
-    if isinstance(schema, list):
-        return [_ended(part, where) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {name: _ended(value, where) for name, value in schema.items()}
-    kinds = made.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "string" in kinds and not made.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
-        made["maxLength"] = max(MAX_CHARACTERS[where], made.get("minLength", 0))
-    if "array" in kinds and not made.keys() & {"enum", "const", "maxItems"}:
-        made["maxItems"] = max(MAX_ITEMS, made.get("minItems", 0), len(made.get("prefixItems", ())))
-    return made
+
+    def end(part: Json) -> Json:
+        kinds = part.get("type")
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if "string" in kinds and not part.keys() & {"enum", "const", "pattern", "format", "maxLength"}:
+            part["maxLength"] = max(MAX_CHARACTERS[where], part.get("minLength", 0))
+        if "array" in kinds and not part.keys() & {"enum", "const", "maxItems"}:
+            part["maxItems"] = max(MAX_ITEMS, part.get("minItems", 0), len(part.get("prefixItems", ())))
+        return part
+
+    return _changed(schema, end)
