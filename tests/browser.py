@@ -97,11 +97,15 @@ LOOK = f"""async () => {{
     }}))
 }}"""
 
+# At the first error JupyterLab is done with running, while cells that may raise leave others waiting in the kernel:
+# what is asked of it last ends after them.
 RUN_ALL = """async () => {
-    const { commands } = window.jupyterapp
+    const { commands, shell } = window.jupyterapp
     await commands.execute("notebook:clear-all-cell-outputs")
     window.allRan = false
-    void commands.execute("notebook:run-all-cells").finally(() => { window.allRan = true })
+    const { session } = shell.currentWidget.sessionContext
+    const last = () => session.kernel.requestExecute({ code: "", silent: true }).done
+    void commands.execute("notebook:run-all-cells").then(last, last).finally(() => { window.allRan = true })
 }"""
 RUNS = """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((cell, index) =>
     cell.model.type === "code" && cell.model.sharedModel.source.trim() ? [{

@@ -8,15 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from waiting import gone, wait_for
 
 from utils import notebooks
 from utils.bootstrap import ROOT
@@ -149,12 +148,12 @@ def test_ctrl_c_ends_the_kernel(tmp_path: Path) -> None:
     run += "try:\n    notebooks.run_command(['1'], root=Path(sys.argv[1]))\n"
     run += "except KeyboardInterrupt:\n    sys.exit(130)"
     process = subprocess.Popen([sys.executable, "-c", run, str(root)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (root / "notebooks" / "started").exists(), 20)
+    assert wait_for(lambda: (root / "notebooks" / "started").exists())
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, "Traceback" in errors) == (130, False)
-    assert kernels and not [kernel for kernel in kernels if kernel.is_running()]
+    assert kernels and wait_for(lambda: all(gone(kernel) for kernel in kernels))
 
 
 @pytest.mark.parametrize("word", ["2", "02", "02_two", "two", "notebooks/02_two.ipynb"])
@@ -221,7 +220,7 @@ def test_lab_serves_this_machine_only_with_a_token_and_writes_nothing_at_home(tm
         base, _, token = address.partition("/lab/tree/notebooks/00_start_here.ipynb?token=")
         assert base.startswith("http://127.0.0.1:") and len(token) >= 32
         # JupyterLab prints its address a moment before it listens.
-        wait_until(lambda: bool([c for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]), 20)
+        assert wait_for(lambda: [c for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"])
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{base}/api/contents", timeout=10)
         with urllib.request.urlopen(f"{base}/api/contents?token={token}", timeout=10) as reply:
@@ -236,10 +235,3 @@ def test_lab_serves_this_machine_only_with_a_token_and_writes_nothing_at_home(tm
         process.communicate(timeout=20)
     assert process.returncode == 0
     assert [path for path in home.rglob("*") if path.is_file()] == []
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)

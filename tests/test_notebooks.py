@@ -10,13 +10,13 @@ import json
 import os
 import re
 import subprocess
-import time
 import uuid
 from typing import Any
 
 import nbformat
 import psutil
 import pytest
+from waiting import wait_for
 
 from utils.__main__ import parser
 from utils.bootstrap import ROOT
@@ -224,11 +224,8 @@ def test_run_again_alone_leaves_a_clean_tree_and_no_process(notebook: Notebook) 
     before, mark = tree(), uuid.uuid4().hex
     result = run_notebook(notebook, extra_environment={"COURSE_TEST_RUN": mark})
     assert result.error is None
-    end = time.monotonic() + 5  # a server may need a moment to notice that its owner is gone
-    while (left := processes_with(mark)) and time.monotonic() < end:
-        time.sleep(0.1)
-    commands = [process.cmdline() for process in left if process.is_running()]
-    assert not commands, f"left running: {commands}"
+    # A server may need a moment to notice that its owner is gone.
+    assert wait_for(lambda: not processes_with(mark), 15), f"left running: {processes_with(mark)}"
     assert tree() == before
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import httpx
 import psutil
 import pytest
 from conftest import model_environment
-from waiting import wait_for
+from waiting import gone, wait_for
 
 from utils import offline
 from utils.bootstrap import ROOT
@@ -300,8 +301,12 @@ def pair(
 
 def workers(found: Service) -> list[psutil.Process]:
     """The processes that serve."""
-    children = psutil.Process(found.process.pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    serving = []
+    for child in psutil.Process(found.process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie
+            if "spawn_main" in " ".join(child.cmdline()):
+                serving.append(child)
+    return serving
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
@@ -337,7 +342,7 @@ def test_two_workers_serve_and_a_killed_one_is_replaced(pair: Service) -> None:
 
     both = workers(pair)
     os.kill(pair.process.pid, signal.SIGKILL)
-    assert wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in both), 15)
+    assert wait_for(lambda: all(gone(one) for one in both), 15)
     pair.restart()
     assert ask(pair, "restarted").json()["content"] == ANSWER
     seconds, code = told_to_end(pair)

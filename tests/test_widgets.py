@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from html import escape
@@ -27,6 +27,7 @@ from agno.os import AgentOS
 from agno.team import Team
 from agno.workflow import Step, Workflow
 from offline_messages import PORT_QUESTION, PORTS
+from waiting import wait_for
 
 from utils.knowledge import CORPUS
 from utils.offline import CHAT_MODEL, OfflineServer
@@ -40,13 +41,6 @@ QUESTION, ANSWER = "When does the canteen close on Fridays?", "closes at 14:00"
 LONG_QUESTION, LONG_SOURCE = "Which consistency level is the default in pymilvus?", CORPUS / "milvus-consistency.md"
 KEY = "a key that is long enough for HS256 signatures"
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)">'
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "this did not come true"
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -80,9 +74,9 @@ def test_the_answer_grows_and_names_its_sources(console: Console) -> None:
     console.answer.observe(lambda change: seen.append(change["new"]), "value")
     console.question.value = QUESTION
     console.send_button.click()
-    wait_until(lambda: console.send_button.disabled)
+    assert wait_for(lambda: console.send_button.disabled)
     assert not console.stop_button.disabled and not console.question.value
-    wait_until(lambda: "Answered in" in console.status.value)
+    assert wait_for(lambda: "Answered in" in console.status.value)
     run = console.last_run
     assert ANSWER in run.text and run.status == "completed" and QUESTION in console.asked.value
     growing = [value.removesuffix("</p>\n</div>") for value in seen if "<p>" in value]
@@ -108,7 +102,7 @@ def test_the_timeline_shows_what_took_how_long(console: Console) -> None:
 def test_enter_sends(console: Console) -> None:
     console.question.value = "Hello?"
     console.question._handle_custom_msg({"event": "submit"}, [])  # what the front end sends
-    wait_until(lambda: "Hello?" in console.asked.value and console.last_run.status == "completed")
+    assert wait_for(lambda: "Hello?" in console.asked.value and console.last_run.status == "completed")
 
 
 def test_earlier_turns_stay_and_history_is_used(console: Console) -> None:
@@ -121,13 +115,13 @@ def test_earlier_turns_stay_and_history_is_used(console: Console) -> None:
 def test_stop_cancels_the_run_and_keeps_what_came(console: Console) -> None:
     console.question.value = LONG_QUESTION
     console.send_button.click()
-    wait_until(lambda: len(console.last_run.text) > 20)
+    assert wait_for(lambda: len(console.last_run.text) > 20)
     console.stop_button.click()
-    wait_until(lambda: console.stop_button.disabled)
-    wait_until(lambda: "Stopped after" in console.status.value)
+    assert wait_for(lambda: console.stop_button.disabled)
+    assert wait_for(lambda: "Stopped after" in console.status.value)
     assert console.last_run.status == "cancelled" and len(console.last_run.text) > 20
     assert "(cancelled)" in console.answer.value and not console.error.value
-    wait_until(lambda: console.client.session_runs(console.session_id)[0]["status"] == "CANCELLED")
+    assert wait_for(lambda: console.client.session_runs(console.session_id)[0]["status"] == "CANCELLED")
 
 
 def test_a_question_at_a_time(console: Console) -> None:
@@ -136,11 +130,11 @@ def test_a_question_at_a_time(console: Console) -> None:
     assert "The question is empty" in console.error.value
     console.question.value = QUESTION
     console.send_button.click()
-    wait_until(lambda: console.last_run.run_id)
+    assert wait_for(lambda: console.last_run.run_id)
     for work in (lambda: console.ask("Another?"), console.new_session):
         with pytest.raises(ServiceError, match="press Stop"):
             work()
-    wait_until(lambda: console.last_run.status == "completed")
+    assert wait_for(lambda: console.last_run.status == "completed")
 
 
 # Documents
@@ -199,14 +193,14 @@ def test_files_are_uploaded_and_deleted_with_the_buttons(console: Console, tmp_p
         {"name": name, "content": memoryview(data), "type": "", "size": len(data), "last_modified": now}
         for name, data in contents.items()
     ]
-    wait_until(lambda: console.error.value)
+    assert wait_for(lambda: console.error.value)
     assert console.files.value == () and "program.exe: refused." in console.error.value
     assert re.search(r"two.pdf: failed\. \w+", console.error.value)
     for name, status in {"one.txt": "completed", "three.txt": "completed", "two.pdf": "failed"}.items():
         row = next(row for row in console.list.children if f"<b>{name}</b>" in row.children[0].value)
         assert f'"cc-{status}">{status}<' in row.children[0].value and row.children[1].tooltip == f"Delete {name}"
         row.children[1].click()
-        wait_until(lambda gone=name: f"<b>{gone}</b>" not in rows(console))  # type: ignore[misc]
+        assert wait_for(lambda gone=name: f"<b>{gone}</b>" not in rows(console))  # type: ignore[misc]
     (tmp_path / "file.txt").write_text("From a file.")
     assert console.upload(tmp_path / "file.txt") == "completed"
     with pytest.raises(ServiceError, match="absent.txt cannot be read"):
@@ -215,10 +209,10 @@ def test_files_are_uploaded_and_deleted_with_the_buttons(console: Console, tmp_p
 
 def test_a_text_is_added_with_the_button(console: Console) -> None:
     console.add_button.click()
-    wait_until(lambda: "needs a name and content" in console.error.value)
+    assert wait_for(lambda: "needs a name and content" in console.error.value)
     console.text_name.value, console.text.value = "lamps", "Lamp nine is broken."
     console.add_button.click()
-    wait_until(lambda: "<b>lamps</b>" in rows(console) and not console.text.value and not console.text_name.value)
+    assert wait_for(lambda: "<b>lamps</b>" in rows(console) and not console.text.value and not console.text_name.value)
 
 
 def test_the_service_says_why_it_refuses_an_upload(console: Console) -> None:
@@ -242,22 +236,22 @@ def test_sessions_are_listed_opened_renamed_and_deleted(console: Console) -> Non
     assert console.session_id != first and not (console.asked.value or console.answer.value)
     console.ask("Who are you?")
     console.tabs.selected_index = 2
-    wait_until(lambda: len(console.session_list.options) == 2)
+    assert wait_for(lambda: len(console.session_list.options) == 2)
     # A set: the service counts in whole seconds, so two sessions of one second come in either order.
     marked = {(session_id, "(open)" in label) for label, session_id in console.session_list.options}
     assert marked == {(first, False), (console.session_id, True)}
     assert all("runs: 1" in label for label, _ in console.session_list.options)
     press("open")
-    wait_until(lambda: "No session is chosen" in console.error.value)
+    assert wait_for(lambda: "No session is chosen" in console.error.value)
     console.session_list.value = first
     press("open")
-    wait_until(lambda: console.tabs.selected_index == 0)
+    assert wait_for(lambda: console.tabs.selected_index == 0)
     assert (console.session_id, console.answer.value, console.sources.value) == (first, answer, sources)
     console.session_name.value = ATTACK
     press("rename")
-    wait_until(lambda: any(ATTACK in label for label, _ in console.session_list.options))
+    assert wait_for(lambda: any(ATTACK in label for label, _ in console.session_list.options))
     press("delete")
-    wait_until(lambda: len(console.session_list.options) == 1)
+    assert wait_for(lambda: len(console.session_list.options) == 1)
     assert console.session_list.value is None and console.session_id != first and not console.answer.value
     with pytest.raises(ServiceError, match="not found"):
         console.open_session(first)
@@ -269,10 +263,10 @@ def test_sessions_are_listed_opened_renamed_and_deleted(console: Console) -> Non
 def test_a_service_that_is_killed_in_the_middle_of_an_answer(assistant: Service, console: Console) -> None:
     console.question.value = LONG_QUESTION
     console.send_button.click()
-    wait_until(lambda: len(console.last_run.text) > 20)
+    assert wait_for(lambda: len(console.last_run.text) > 20)
     assistant.kill()
     try:
-        wait_until(lambda: "The connection broke" in console.error.value)
+        assert wait_for(lambda: "The connection broke" in console.error.value)
         assert console.last_run.status == "incomplete" and len(console.last_run.text) > 20
         assert "(incomplete)" in console.answer.value and "Broken off" in console.status.value
         for work in (lambda: console.ask(QUESTION), console.documents, console.sessions):
@@ -393,9 +387,9 @@ def test_every_fault_is_a_sentence(
         assert "\n" not in str(raised.value)
         console.question.value = "x"
         console.send_button.click()
-        wait_until(lambda: escape(str(raised.value)) in console.error.value)
+        assert wait_for(lambda: escape(str(raised.value)) in console.error.value)
         console.tabs.selected_index = 1  # reads the list of documents: also that must not raise in its thread
-        wait_until(lambda: not console._threads[-1].is_alive())
+        assert wait_for(lambda: not console._threads[-1].is_alive())
     assert capfd.readouterr() == ("", "")
 
 
@@ -434,7 +428,7 @@ def test_close_ends_a_stream_that_hangs(misbehaving: type[Misbehaving]) -> None:
     console = Console(misbehaving.url)
     console.question.value = "x"
     console.send_button.click()
-    wait_until(lambda: console.last_run.text == "Half")
+    assert wait_for(lambda: console.last_run.text == "Half")
     began = time.monotonic()
     console.close()
     assert time.monotonic() - began < 2 and "Closed" in console.status.value
