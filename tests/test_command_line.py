@@ -57,7 +57,10 @@ def test_without_a_command_the_help_lists_them_all(capsys: pytest.CaptureFixture
     assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "serve", "milvus", "doctor"))
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"], ["milvus", "big"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"], ["milvus", "big"], ["serve", "--app", "x"]],
+)
 def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         command_line.main(arguments)
@@ -117,11 +120,12 @@ def test_run_wants_notebooks_or_all(arguments: list[str], capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("arguments", [[], ["--app", "knowledge_agent"], ["--app", "research_team"]])
 def test_serve_with_a_wrong_setting_is_one_sentence(
-    inside: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SERVICE_HOST", "0.0.0.0")
-    assert command_line.main(["serve"]) == 1
+    assert command_line.main(["serve", *arguments]) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.splitlines()) == 1
     assert shown.err.startswith("error: SERVICE_HOST 0.0.0.0 opens the service to the network without a key")

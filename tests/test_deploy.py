@@ -535,6 +535,10 @@ def test_the_image_installs_starts_answers_and_ends(
     app, temporary = tmp_path / "app", tmp_path / "tmp"
     temporary.mkdir()
     path = build(app, tmp_path / "venv")
+    command = re.search(r'command: (\["python", "-m", "utils\.apps\.research_team"\])', README)
+    assert command, "the other service that the image holds"
+    imported = f"import {json.loads(command[1])[2]}"
+    subprocess.run(["python", "-c", imported], cwd=app, env={"PATH": path}, capture_output=True, check=True)
     jwt_key = "a secret of more than 32 characters"
     environment = {name: value.replace("/tmp", str(temporary)) for name, value in image_environment().items()}
     environment |= {"PATH": path, "LANG": "C.UTF-8"}

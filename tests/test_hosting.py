@@ -22,6 +22,8 @@ from utils.hosting import ServiceConfig, configure_logs, load_config, open_datab
 from utils.hosting.database import DatabaseError
 from utils.hosting.limits import RequestLimits
 from utils.hosting.logs import AccessLog, log
+from utils.hosting.runs import RunStatusCodes, SearchFailed
+from utils.milvus_store import InvalidFilter
 from utils.settings import Settings, SettingsError
 
 NAME = "knowledge-agent"
@@ -249,6 +251,10 @@ def written() -> Iterator[Lines]:
     """The JSON log lines of a service in this process."""
     root, names = logging.getLogger(), ("agno", "agno-team", "agno-workflow", "uvicorn", "uvicorn.error")
     before = root.handlers, root.level, {name: logging.getLogger(name).handlers[:] for name in names}
+    # Notebooks silence Agno with a filter, and so do tests that use what notebooks use.
+    filters = {name: logging.getLogger(name).filters[:] for name in names}
+    for name in names:
+        logging.getLogger(name).filters.clear()
     configure_logs("DEBUG")
     formatter = root.handlers[0].formatter
     assert formatter is not None
@@ -258,6 +264,7 @@ def written() -> Iterator[Lines]:
     root.handlers, root.level = before[0], before[1]
     for name in names:
         logging.getLogger(name).handlers = before[2][name]
+        logging.getLogger(name).filters = filters[name]
 
 
 @pytest.mark.parametrize(
@@ -283,3 +290,66 @@ def test_lines_of_every_logger_are_json_with_their_exception(written: Lines) -> 
     assert (first["event"], first["value"], first["level"]) == ("größe", "a\nb", "info")
     assert second["event"] == "it failed" and second["exception"].endswith("ValueError: what happened")
     assert (third["event"], third["logger"]) == ("from Agno", "agno") and third["timestamp"]
+
+
+# --- runs that fail ---
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def raising(error: Exception) -> RunStatusCodes:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    return RunStatusCodes(app)
+
+
+SEARCH_FAILED = "The knowledge base could not be searched. Error searching knowledge base: "
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (SearchFailed("Milvus does not answer."), 503),
+        (caused(SearchFailed("A filter is made of texts."), InvalidFilter("A filter is made of texts.")), 422),
+        (RuntimeError(f"{SEARCH_FAILED}MilvusUnavailable"), 503),
+        (RuntimeError(f"{SEARCH_FAILED}InvalidFilter"), 422),
+        (RuntimeError("Connection error."), 502),
+    ],
+)
+def test_a_workflow_that_raises_because_a_step_failed_has_a_body_and_a_status(error: Exception, status: int) -> None:
+    response = call(raising(error), "POST", "/workflows/line/runs", data={"message": "Hello?"})
+    assert (response.status_code, response.json()) == (status, {"status": "ERROR", "content": str(error)})
+
+
+@pytest.mark.parametrize("error", [KeyError("a mistake in the program"), ValueError("another")])
+def test_a_mistake_in_the_program_stays_one(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        call(raising(error), "POST", "/workflows/line/runs", data={"message": "Hello?"})
+    with pytest.raises(RuntimeError):
+        call(raising(RuntimeError("of an agent")), "POST", "/agents/a/runs", data={"message": "Hello?"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "error"),
+    [("agents", "Run", "content"), ("teams", "TeamRun", "content"), ("workflows", "Workflow", "error")],
+)
+def test_the_log_has_how_the_streamed_run_itself_ended(written: Lines, kind: str, prefix: str, error: str) -> None:
+    """And not how a team or a workflow within it did, which has events of the same names."""
+    sent = [("Started", "own", {}), ("Started", "inner", {}), ("Completed", "inner", {"content": "Done."})]
+    sent += [("Error", "own", {error: "It broke."})]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for name, run_id, more in sent:
+            event = f"event: {prefix}{name}\ndata: {json.dumps({'run_id': run_id, **more})}\n\n"
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    call(RunStatusCodes(app), "POST", f"/{kind}/one/runs", data={"message": "Hello?"})
+    (line,) = [line for line in written.lines if line["event"] == "run"]
+    assert (line["run_id"], line["status"], line["error"]) == ("own", "ERROR", "It broke.")

@@ -46,7 +46,13 @@ def parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="answer one question from data/knowledge")
     ask.add_argument("question")
 
-    commands.add_parser("serve", help="run the knowledge assistant as a service (settings: utils/hosting/config.py)")
+    serve = commands.add_parser("serve", help="run an assistant as a service (settings: utils/hosting/config.py)")
+    serve.add_argument(
+        "--app",
+        choices=["knowledge_agent", "research_team"],
+        default="knowledge_agent",
+        help="which (default: %(default)s)",
+    )
 
     model = commands.add_parser("model", help="fetch, list or remove language models for MODEL_PROVIDER=local")
     model.add_argument("action", choices=["fetch", "list", "remove"])
@@ -132,9 +138,9 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
 
         return int(ask_command(options.question))
     if options.command == "serve":
-        from utils.apps.knowledge_agent import main as serve
+        from importlib import import_module
 
-        return serve()
+        return int(import_module("utils.apps." + options.app).main())
     if options.command == "model":
         from utils.local_models.command import model_command
 

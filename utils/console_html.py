@@ -44,6 +44,7 @@ STYLE = """<style>
   border-top: 1px solid var(--jp-border-color1); }
 .knowledge-console .cc-track i { position: absolute; top: 5px; bottom: 5px; min-width: 2px; border-radius: 2px; }
 .knowledge-console .cc-wait { background: var(--jp-ui-font-color3); }
+.knowledge-console .cc-step { background: var(--jp-border-color1); }
 .knowledge-console .cc-model { background: var(--jp-brand-color1); }
 .knowledge-console .cc-tool { background: var(--jp-warn-color1); }
 .knowledge-console .cc-answer { background: var(--jp-success-color1); }

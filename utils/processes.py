@@ -37,6 +37,7 @@ class ServerProcess:
         environment: variables added to those of this process.
         patience: seconds between the request to end and the kill when the server is stopped.
         append: keep what the log file holds, such as the log of the same server before its restart.
+        folder: its working folder; the course's own by default, so that it finds `utils`.
 
     The server runs in a process group of its own, so interrupting a notebook cell does not interrupt the server.
     """
@@ -49,6 +50,7 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         patience: float = 5,
         append: bool = False,
+        folder: Path = ROOT,
     ) -> None:
         self.name = name
         self._patience = patience
@@ -61,7 +63,7 @@ class ServerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    cwd=ROOT,
+                    cwd=folder,
                     env={**os.environ, **(environment or {})},
                     start_new_session=sys.platform != "win32",
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),

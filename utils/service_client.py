@@ -32,7 +32,10 @@ class ServiceError(CourseError):
 
 @dataclass
 class Span:
-    """A model request or a tool call, in seconds since the question was sent; `end` is None until it has ended."""
+    """A model request, a tool call or a workflow's step, in seconds since the question was sent.
+
+    `end` is None until it has ended.
+    """
 
     label: str
     kind: str
@@ -48,7 +51,7 @@ class Run:
         status: "running", "completed", "failed", "cancelled", "paused" or "incomplete".
         text: the answer as far as it has come; error: why the run failed; doing: what it does now.
         sources: names of the documents that the searches found.
-        spans: model requests and tool calls.
+        spans: model requests, tool calls and a workflow's steps.
         first_event, first_token, seconds: when the first event, the first visible text and the last event came.
         reported: the service's own `time_to_first_token`, in seconds.
     """
@@ -90,6 +93,13 @@ class Run:
             self.output_tokens += data.get("output_tokens") or 0
             if key in self._open:
                 self._open.pop(key).end = seconds
+        elif name == "StepStarted":
+            self.doing = f"at the step {data.get('step_name')}"
+            self._open[f"step {data.get('step_id')}"] = Span(f"step: {data.get('step_name')}", "step", seconds)
+            self.spans.append(self._open[f"step {data.get('step_id')}"])
+        elif name in ("StepCompleted", "StepError"):
+            if step := self._open.pop(f"step {data.get('step_id')}", None):
+                step.end = seconds
         elif name == "RunContent" and data.get("content"):
             self.doing = f"{who}answering"
             self.first_token = seconds if self.first_token is None else self.first_token
@@ -111,8 +121,14 @@ def as_text(content: object) -> str:
 
 
 def source_names(data: Json) -> list[str]:
-    """Names of the documents in the `references` of an event or of a stored run, each once."""
-    found = [document for search in data.get("references") or [] for document in search.get("references") or []]
+    """Names of the documents in the `references` of an event or of a stored run, each once.
+
+    A step of a workflow that searches has them in its content, if this is a MessageReferences of Agno's.
+    """
+    content = data.get("content")
+    own = isinstance(content, dict) and isinstance(content.get("references"), list)
+    searches = [*(data.get("references") or []), *([content] if own else [])]
+    found = [document for search in searches for document in search.get("references") or []]
     return list(dict.fromkeys(str(d["name"]) for d in found if isinstance(d, dict) and d.get("name")))
 
 

@@ -341,7 +341,7 @@ class Console:
             for run in [run for run in runs if not run.get("parent_run_id")]:
                 self._archive()
                 inner = [other for other in runs if other.get("parent_run_id") == run["run_id"]]
-                parts = [run, *inner, *(run.get("step_executor_runs") or [])]
+                parts = [run, *inner, *(run.get("step_results") or []), *(run.get("step_executor_runs") or [])]
                 names = list(dict.fromkeys(name for part in parts for name in source_names(part)))
                 text, status = as_text(run.get("content")), str(run.get("status")).lower()
                 self.asked.value = question_html(as_text(run.get("run_input")))

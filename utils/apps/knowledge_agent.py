@@ -15,7 +15,6 @@ from agno.db.base import BaseDb
 from agno.knowledge.knowledge import Knowledge
 from fastapi import FastAPI
 
-from utils.errors import CourseError
 from utils.hosting import (
     ServiceConfig,
     configure_logs,
@@ -26,7 +25,7 @@ from utils.hosting import (
     open_database,
     open_knowledge,
     require_knowledge,
-    run_service,
+    serve,
 )
 from utils.models import Models, chat_model
 
@@ -76,11 +75,7 @@ def create_app() -> FastAPI:
 
 def main() -> int:
     """Serve in the foreground; return the exit code."""
-    try:
-        return run_service("utils.apps.knowledge_agent:create_app", load_config(NAME))
-    except CourseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return serve("utils.apps.knowledge_agent:create_app", NAME)
 
 
 if __name__ == "__main__":

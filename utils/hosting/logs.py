@@ -24,8 +24,13 @@ def set_ids(**ids: str | None) -> None:
         known.update(ids)
 
 
+def get_ids() -> dict[str, str | None]:
+    """The ids on the log lines of this request, as far as they are known."""
+    return dict(_ids.get() or {})
+
+
 def _add_ids(logger: object, method: str, event: EventDict) -> EventDict:
-    return {**(_ids.get() or {}), **event}
+    return {**get_ids(), **event}
 
 
 def configure_logs(level: str) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -16,36 +16,79 @@ from agno.exceptions import OutputCheckError
 from agno.run import RunContext
 from agno.run.agent import RunOutput
 from agno.run.background import _background_tasks
+from agno.run.base import RunStatus
+from agno.run.team import TeamRunOutput
 from agno.workflow.workflow import _workflow_background_tasks
 from fastapi import FastAPI
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from utils.hosting.logs import log, set_ids
+from utils.hosting.logs import get_ids, log, set_ids
+from utils.milvus_store import InvalidFilter
 
 RUNS = re.compile(r"/(agents|teams|workflows)/([^/]+)/runs(?:/[^/]+/continue)?/?")
 # Agno tells the model, and nobody else, that a search failed: the text of the tool's result begins like this.
 SEARCH_ERROR = "Error searching knowledge base"
+SEARCH_FAILED = "The knowledge base could not be searched."
 STORE_SECONDS = 2.0  # in which a run that is cut off is stored as cancelled
 # How the events of a stream's own run begin; those of a team's members, for instance, have another prefix.
 _EVENTS = {"agent": "Run", "team": "TeamRun", "workflow": "Workflow"}
 _STATUS = {"Completed": "COMPLETED", "Error": "ERROR", "Cancelled": "CANCELLED", "Paused": "PAUSED"}
 
 
+class SearchFailed(OutputCheckError):
+    """A run that needed the knowledge base could not search it, so it has failed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{SEARCH_FAILED} {reason}")
+
+
+class MemberFailed(OutputCheckError):
+    """A member of a team failed, so the team's run has failed."""
+
+
 def log_ids(run_context: RunContext) -> None:
-    """A pre hook: every log line of the run carries its ids."""
+    """A pre hook of an agent or a team: every log line of the run carries its ids. A workflow's first step calls it."""
     set_ids(run_id=run_context.run_id, session_id=run_context.session_id, user_id=run_context.user_id)
 
 
-def require_knowledge(run_output: RunOutput) -> None:
+def require_knowledge(run_output: RunOutput | TeamRunOutput) -> None:
     """A post hook: a run whose search of the knowledge base failed has failed, whatever the model made of it.
 
+    In a team also a member's search counts.
+
     Raises:
-        OutputCheckError: a search failed.
+        SearchFailed: a search failed.
     """
-    for tool in run_output.tools or []:
-        if str(tool.result).startswith(SEARCH_ERROR):
-            run_output.content = f"The knowledge base could not be searched. {tool.result}"
-            raise OutputCheckError(run_output.content)
+    for part in _with_members(run_output):
+        for tool in part.tools or []:
+            if str(tool.result).startswith(SEARCH_ERROR):
+                error = SearchFailed(str(tool.result))
+                run_output.content = error.message
+                raise error
+
+
+def require_members(run_output: TeamRunOutput) -> None:
+    """A post hook of a team: where a member failed, and not only at its first attempt, the run has failed.
+
+    Agno gives the leader the error's text as the member's answer, and the run completes with what the leader makes of
+    it.
+
+    Raises:
+        MemberFailed: a member's last run failed.
+    """
+    parts = run_output.member_responses
+    last = {part.agent_id if isinstance(part, RunOutput) else part.team_id: part for part in parts}
+    for name, part in last.items():
+        if part.status is RunStatus.error:
+            run_output.content = f"The member {name} of the team failed. {part.content}"
+            raise MemberFailed(run_output.content)
+
+
+def _with_members(run: RunOutput | TeamRunOutput) -> Iterator[RunOutput | TeamRunOutput]:
+    yield run
+    for part in run.member_responses if isinstance(run, TeamRunOutput) else []:
+        yield from _with_members(part)
 
 
 def finish_background_runs(app: FastAPI, seconds: float) -> None:
@@ -88,8 +131,9 @@ class RunStatusCodes:
     """ASGI middleware: a run that failed answers 502, or 503 if the knowledge base failed, where Agno answers 200.
 
     If what failed is the caller's own filter, it is 422. The body stays Agno's: the run with `status`, `content` (what
-    went wrong) and `run_id`. A stream has begun with 200 before its run can fail; its last event is RunError. A
-    background run is polled, and says it in `status`. Every run is logged with its ids, status, seconds and tokens.
+    went wrong) and `run_id`. For a workflow Agno has no body but 500, so these are made here. A stream has begun with
+    200 before its run can fail; its last event is RunError, TeamRunError or WorkflowError. A background run is polled,
+    and says it in `status`. Every run is logged with its ids, status, seconds and tokens.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -103,6 +147,10 @@ class RunStatusCodes:
         watch = _Watch(send, {"kind": found[1].rstrip("s"), "component_id": found[2]})
         try:
             await self._app(scope, receive, watch.send)
+        except (OutputCheckError, RuntimeError) as error:  # what a workflow raises if a step fails, or the step's agent
+            if found[1] != "workflows" or watch.started:
+                raise
+            await watch.fail(error)(scope, receive, watch.send)
         finally:
             watch.write_log()
 
@@ -117,6 +165,20 @@ class _Watch:
         self._start: Message = {}
         self._body = b""
         self._run: dict[str, Any] = {}
+
+    @property
+    def started(self) -> bool:
+        """Whether the answer has begun."""
+        return bool(self._start)
+
+    def fail(self, error: Exception) -> JSONResponse:
+        """The answer for a workflow's run that raised."""
+        ids = {name: value for name, value in get_ids().items() if name in ("run_id", "session_id", "user_id")}
+        body = {**ids, "status": "ERROR", "content": str(error)}
+        # Of an agent in a step only the text comes here: what require_knowledge made of the tool's result.
+        searched = str(error).startswith(SEARCH_FAILED)
+        callers = isinstance(error.__cause__, InvalidFilter) or str(error).endswith(InvalidFilter.__name__)
+        return JSONResponse(body, 502 if not searched else 422 if callers else 503)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -147,10 +209,10 @@ class _Watch:
 
     def _failure(self) -> int:
         """The status of a failed run."""
-        results = [str(tool.get("result")) for tool in self._run.get("tools") or []]
+        results = [str(tool.get("result")) for part in _parts(self._run) for tool in part.get("tools") or []]
         searches = [result for result in results if result.startswith(SEARCH_ERROR)]
         # Agno's sentence ends with the error's name; the filter is the caller's own.
-        return 502 if not searches else 422 if searches[0].endswith("InvalidFilter") else 503
+        return 502 if not searches else 422 if searches[0].endswith(InvalidFilter.__name__) else 503
 
     def _note_event(self, chunk: bytes) -> None:
         """Keep the ids from a stream's first event, and what its last one says. Agno sends one event at a time."""
@@ -159,14 +221,17 @@ class _Watch:
             return  # after a cancelled run Agno sends RunCompleted too; the first of the two is right
         status = _STATUS.get(name[7:].decode().removeprefix(_EVENTS[self._names["kind"]]))
         if status or not self._run:
-            self._run = json.loads(rest.partition(b"data: ")[2])
+            event = json.loads(rest.partition(b"data: ")[2])
+            own, other = self._run.get("run_id"), event.get("run_id")
+            if own and other and own != other:
+                return  # a team within the team
+            self._run = event
             if status:
                 self._run["status"] = status
 
     def write_log(self) -> None:
         """One line for the run, however it ended; without a status if it was refused or the client went away."""
         run = self._run
-        metrics = run.get("metrics") or {}
         failed = run.get("status") == "ERROR"
         (log.error if failed else log.info)(
             "run",
@@ -175,7 +240,21 @@ class _Watch:
             status=run.get("status"),
             http_status=self._start.get("status"),
             seconds=round(time.perf_counter() - self._started, 3),
-            input_tokens=metrics.get("input_tokens"),
-            output_tokens=metrics.get("output_tokens"),
-            **({"error": str(run.get("content"))[:500]} if failed else {}),
+            input_tokens=_tokens(run, "input_tokens"),
+            output_tokens=_tokens(run, "output_tokens"),
+            **({"error": str(run.get("content") or run.get("error"))[:500]} if failed else {}),
         )
+
+
+def _parts(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A run as JSON, and the runs of a team's members and of the agents and teams in a workflow's steps."""
+    yield run
+    for name in ("member_responses", "step_executor_runs"):
+        for part in run.get(name) or []:
+            yield from _parts(part)
+
+
+def _tokens(run: dict[str, Any], name: str) -> int | None:
+    """How many there were in all: Agno's figure for a team is that of its leader alone."""
+    counts = [(part.get("metrics") or {}).get(name) for part in _parts(run)]
+    return sum(count or 0 for count in counts) if any(counts) else None

@@ -17,7 +17,7 @@ from uvicorn.supervisors import Multiprocess
 
 from utils.errors import CourseError
 from utils.hosting import logs
-from utils.hosting.config import ServiceConfig
+from utils.hosting.config import ServiceConfig, load_config
 from utils.models import Models, connect
 from utils.processes import ServerError, end_with_owner, owner_mark
 
@@ -81,6 +81,23 @@ def run_service(factory: str, config: ServiceConfig) -> int:
             raise ServerError("A worker process failed; its log lines say why.")
     logs.log.info("stopped")
     return 0
+
+
+def serve(factory: str, name: str) -> int:
+    """Serve in the foreground, as the program of an app; what keeps it from starting is one sentence on stderr.
+
+    Args:
+        factory: as for `run_service`.
+        name: of the service, as for `load_config`.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return run_service(factory, load_config(name))
+    except CourseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def worker_app() -> FastAPI:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Hashable
 from typing import Any
 
 from agno.db.base import BaseDb
@@ -44,15 +45,25 @@ class Uploads(Knowledge):
     time in the row new, and a row with an old one is "failed", whichever worker or replica is asked.
     """
 
+    _changes = 0
+    _loading = 0
+
+    def version(self) -> Hashable:
+        """Equal at two times only if this process changed nothing in between that a search may find."""
+        return object() if self._loading else self._changes
+
     async def _aload_content(
         self, content: Content, upsert: bool, skip_if_exists: bool, *args: Any, **options: Any
     ) -> None:
         content.reader = None  # a client's `reader_id` would read a file of any type, in any way
         beat = asyncio.create_task(self._beat(content))
+        self._loading += 1  # the row says "completed" a moment before this method ends
         try:
             await super()._aload_content(content, True, False, *args, **options)
         finally:
             beat.cancel()
+            self._loading -= 1
+            self._changes += 1
             log.info(
                 "document",
                 content_id=content.id,
@@ -91,7 +102,18 @@ class Uploads(Knowledge):
         """Agno reports here, too, that an upload failed before it had a row."""
         if content.status is ContentStatus.FAILED and not self._database.get_knowledge_content(str(content.id)):
             self._insert_contents_db(content)
-        return super().patch_content(content, user_id)
+        try:
+            return super().patch_content(content, user_id)
+        finally:
+            self._changes += 1
+
+    async def aremove_content_by_id(
+        self, content_id: str, user_id: str | None = None, _seen: set[str] | None = None
+    ) -> bool:
+        try:
+            return await super().aremove_content_by_id(content_id, user_id, _seen)
+        finally:
+            self._changes += 1
 
     @property
     def _database(self) -> BaseDb:
