@@ -222,3 +222,16 @@ def test_documents_come_sorted_with_their_own_fields(tmp_path: Path) -> None:
         )
     assert load_corpus(tmp_path) == [Text(name, "T", "x", "s", "# T\n\n---\nbody") for name in ("a", "b")]
     assert load_corpus(tmp_path)[0].metadata() == {"id": "a", "title": "T", "topic": "x"}
+
+
+def test_outdated_answers_are_of_the_development_split_and_wrong() -> None:
+    lines = [json.loads(line) for line in (ROOT / "data" / "outdated.jsonl").read_text(encoding="utf-8").splitlines()]
+    questions = {question.id: question for question in load_questions("dev")}
+    assert len({line["question"] for line in lines}) == len(lines) >= 20
+    for line in lines:
+        assert set(line) == {"question", "second_query", "outdated", "wrong"}
+        question = questions[line["question"]]
+        assert line["second_query"].casefold() != question.question.casefold()
+        assert line["wrong"] in line["outdated"] and not question.holds_key_facts(line["outdated"])
+        right = [BY_ID[name].body.replace("`", "").casefold() for name in question.documents]
+        assert not any(line["wrong"].casefold() in text for text in right), "else a right answer would count as wrong"
