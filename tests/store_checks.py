@@ -254,7 +254,7 @@ def other_process(place: Place) -> None:
         env={**os.environ, "PYTHONHASHSEED": "77", "GRPC_VERBOSITY": "NONE"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert json.loads(answer.stdout.splitlines()[-1]) == ["a zebra among them"], answer.stderr[-500:]
 

@@ -231,7 +231,7 @@ def test_a_database_held_by_another_process_is_one_sentence(
         monkeypatch.setenv("MILVUS_URI", path)
         with pytest.raises(CourseError) as error:
             ask_command(QUESTION)
-        holder.communicate("\n", timeout=30)
+        holder.communicate("\n", timeout=120)
     assert str(error.value).startswith("The Milvus at .../held/milvus.db cannot be used: ")
     assert "another process holds it" in str(error.value) and "\n" not in str(error.value)
 

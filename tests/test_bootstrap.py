@@ -40,7 +40,7 @@ def command(root: Path, wheels: Path | None, needed: int = 1000, index: str = ""
 
 def set_up(root: Path, wheels: Path | None, needed: int = 1000, index: str = "") -> tuple[int, str]:
     process = command(root, wheels, needed, index)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
 
@@ -77,15 +77,14 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"'{text}' was not printed")
 
 
-def test_second_start_runs_nothing(ready: Path, wheels: Path) -> None:
+def test_second_start_runs_nothing(ready: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = ready / ".venv" / "course.json"
     before = marker.stat().st_mtime_ns
     assert set_up(ready, wheels) == (0, "")
     assert marker.stat().st_mtime_ns == before
-    started = time.perf_counter()
-    bootstrap.ensure_environment(ready)
-    assert time.perf_counter() - started < 0.1
     assert tiny_version(ready) == "1"
+    monkeypatch.setattr(subprocess, "Popen", None)
+    bootstrap.ensure_environment(ready)
 
 
 def test_changed_requirements_are_installed_into_what_is_there(ready: Path, wheels: Path) -> None:
@@ -124,7 +123,7 @@ def test_interrupted_install_counts_as_not_made(tmp_path: Path, wheels: Path) ->
     wait_for_line(process, "Making")
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert (root / ".venv").exists() and not bootstrap.is_ready(root)
 
@@ -150,7 +149,7 @@ def test_killed_install_is_waited_for_and_then_made_anew(
     time.sleep(0.4)
     assert second.poll() is None
     hang_up()
-    output, _ = second.communicate(timeout=30)
+    output, _ = second.communicate(timeout=120)
     assert (second.returncode, tiny_version(root)) == (0, "1"), output
     assert not half.exists(), "half an environment must not be trusted"
 

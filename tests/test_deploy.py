@@ -80,7 +80,7 @@ def pinned_minor(package: str) -> str:
 def compose_command() -> list[str] | None:
     """Compose as Docker's plugin, else as a program of its own, else nothing."""
     if shutil.which("docker"):
-        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30)
+        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=120)
         if plugin.returncode == 0:
             return ["docker", "compose"]
     program = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -209,7 +209,7 @@ def test_compose_itself_reads_the_file(variables: dict[str, str], tmp_path: Path
         env={**inherited, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert result.returncode == 0 and result.stdout, result.stderr
     found, expected = yaml.safe_load(result.stdout)["services"], services(**variables)
@@ -353,7 +353,7 @@ def run_compose(folder: Path, variables: dict[str, str]) -> subprocess.Completed
     own = {name for text in (COMPOSE, *SERVICE_COMPOSE.values()) for name in re.findall(r"\$\{(\w+)", text)}
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     command = [*command, "--project-directory", str(folder / AGENT.name), "config"]
-    return subprocess.run(command, cwd=folder / AGENT.name, env=inherited, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=folder / AGENT.name, env=inherited, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", SERVICE_COMPOSE)

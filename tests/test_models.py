@@ -295,7 +295,7 @@ def test_agno_reports_runs_only_if_asked_to(offline_models: Models) -> None:
             text=True,
         )
         programs.append((program, proxy))
-    said = [program.communicate(timeout=60)[0] for program, _ in programs]
+    said = [program.communicate(timeout=120)[0] for program, _ in programs]
     for _, proxy in programs:
         proxy.shutdown()
         proxy.server_close()

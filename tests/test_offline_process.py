@@ -153,7 +153,7 @@ def test_a_server_that_cannot_start_is_one_error(
 def test_it_ends_when_its_owner_ends(owner: Owner, end: str) -> None:
     assert answers(owner.base_url)
     owner.tell(end)
-    _, errors = owner.process.communicate(timeout=20)
+    _, errors = owner.process.communicate(timeout=120)
     assert (owner.process.returncode, "owner failed" in errors) == ((1, True) if end == "raise" else (0, False))
     assert wait_for(lambda: gone(owner.server)) and not answers(owner.base_url)
 
@@ -176,5 +176,5 @@ def test_an_interrupt_of_the_owners_group_does_not_reach_it(owner: Owner) -> Non
     assert owner.process.stdout and owner.process.stdout.readline() == "interrupted\n"
     assert not gone(owner.server) and answers(owner.base_url)
     owner.tell("end")
-    owner.process.communicate(timeout=20)
+    owner.process.communicate(timeout=120)
     assert wait_for(lambda: gone(owner.server))

@@ -194,7 +194,7 @@ def test_an_owner_that_ends_takes_the_server_along(tmp_path: Path, ending: int) 
     owner.send_signal(ending)
     owner.wait(20)
     owner.stdout.close()
-    assert wait_for(lambda: not processes_of(tmp_path), 10)
+    assert wait_for(lambda: not processes_of(tmp_path))
     log = (tmp_path / "logs" / "postgres.log").read_text(encoding="utf-8")
     assert "database system is shut down" in log, "it was asked, not killed"
 

@@ -40,7 +40,7 @@ def test_a_server_gets_its_variables_a_log_and_the_repository_as_folder(tmp_path
 def test_it_is_ready_when_the_check_says_so(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     with server(tmp_path, f"open({str(ready)!r}, 'w').close(); {SLEEP}") as process:
-        process.wait_until(ready.exists, 20)
+        process.wait_until(ready.exists, 60)
         assert process.running and psutil.pid_exists(process.pid)
     assert not process.running, "leaving the context ends the server"
 
@@ -113,7 +113,7 @@ def test_a_server_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from utils.processes import ServerProcess\n"
         f"print(ServerProcess('s', [sys.executable, '-c', {SLEEP!r}], Path({str(tmp_path / 'log')!r})).pid)"
     )
-    owner = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    owner = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert owner.returncode == 0, owner.stderr
     assert not psutil.pid_exists(int(owner.stdout))
 

@@ -311,9 +311,8 @@ def test_many_tasks_that_ask_at_once_make_one_search_and_hold_up_nobody(
         tasks = [asyncio.create_task(retriever.aretrieve(QUESTION, run_context=of("one"))) for _ in range(100)]
         while retriever.hits < 99:
             await asyncio.sleep(0)
-        began = time.perf_counter()
         await asyncio.sleep(0.01)
-        assert time.perf_counter() - began < 1 and not any(task.done() for task in tasks)
+        assert not any(task.done() for task in tasks)
         store.go_on.set()
         return await asyncio.gather(*tasks)
 

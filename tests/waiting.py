@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import httpx
 import psutil
+
+MANY = 4  # answers of a service that waits for something: more than it could give between two waits that hold it up
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> bool:
@@ -22,3 +27,18 @@ def gone(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+async def answered_meanwhile(url: str, posts: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[int], int]:
+    """Send all requests at once; their status codes, and how often /health answered before the first of them did.
+
+    A service that waits for them on its event loop answers nobody else meanwhile.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as api:
+        waiting = [asyncio.create_task(api.post(path, **options)) for path, options in posts]
+        others = 0
+        while not any(task.done() for task in waiting):
+            assert (await api.get("/health")).status_code == 200
+            others += not any(task.done() for task in waiting)
+            await asyncio.sleep(0.05)
+        return [answer.status_code for answer in await asyncio.gather(*waiting)], others
