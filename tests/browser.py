@@ -39,7 +39,7 @@ PROGRAMS += ["chromium-browser"]  # last, since on Ubuntu it may be no more than
 CHANNELS = ["chrome", "msedge", "chromium"]  # where installers put them on macOS and Windows; playwright's own
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
-PATIENCE = 60.0  # seconds for JupyterLab to do a thing that takes one or two on an idle machine
+PATIENCE = 180.0  # seconds for JupyterLab to do a thing that takes one or two on an idle machine
 WIDTH, HEIGHT = 1280, 900
 
 PANEL = ".jp-NotebookPanel"

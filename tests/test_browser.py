@@ -148,7 +148,7 @@ def test_the_browser_can_type_press_and_upload(browser: Browser, lab: Lab, tmp_p
     for file in files:
         file.write_bytes(b"12345")
     with open_notebook(browser, lab, "widgets") as page:
-        assert page.run_all(60) == []
+        assert page.run_all(180) == []
         assert page.wait_for(".my-answer", "nothing yet") == "nothing yet"
         page.type("Name", "Ana")
         page.type(".my-question", "Which port?")
@@ -179,7 +179,7 @@ def test_errors_and_slow_cells_are_named(browser: Browser, lab: Lab) -> None:
         new_code_cell("print('not reached')"),
     )
     with open_notebook(browser, lab, "slow") as page:
-        assert page.run_all(60) == [
+        assert page.run_all(180) == [
             CellError(4, "ZeroDivisionError", "division by zero"),
             CellError(5, "NameError", "name 'undefined' is not defined"),
         ]
@@ -196,7 +196,7 @@ def test_the_console_of_notebook_03_is_used_in_the_browser(browser: Browser, lab
     document.write_text("# Parking\n\nVisitors park on level 3. The barrier closes at 22:00.\n", encoding="utf-8")
     pictures = ROOT / "notebooks" / "images" if os.environ.get("UPDATE_PICTURES") else tmp_path
     with open_notebook(browser, lab, "03_agentos_service") as page:
-        assert page.run_all(180) == []
+        assert page.run_all(600) == []
         page.page.keyboard.press("Control+b")  # hides the file list
         page.type(".console-question", "For how many days are nightly backups kept?")
         page.press(".console-send")

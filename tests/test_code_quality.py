@@ -28,7 +28,7 @@ EXEMPT = {"tests/test_code_quality.py", "tests/test_corpus.py", "tests/test_note
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -114,5 +114,5 @@ def test_the_search_finds_what_it_is_for(line: str, foreign: bool) -> None:
 
 
 def test_types_are_clean(type_check: subprocess.Popen[str]) -> None:
-    output, _ = type_check.communicate(timeout=300)
+    output, _ = type_check.communicate(timeout=900)
     assert type_check.returncode == 0, output

@@ -105,7 +105,7 @@ def refusals(
         def start(name: str) -> subprocess.CompletedProcess[str]:
             own = {"SERVICE_FOLDER": str(folder / name), **cases[name]}
             command, variables = [sys.executable, "-m", APP], environment_of(offline_environment, **own)
-            return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=90)
+            return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
         with ThreadPoolExecutor(4) as pool:
             yield dict(zip(cases, pool.map(start, cases), strict=True))

@@ -18,7 +18,7 @@ import httpx
 
 from utils.processes import ServerError, ServerProcess, end_with_owner, free_ports, owner_mark
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 STOP_SECONDS = 35.0  # a little more than the app gives its running requests
 
 
