@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from service_runs import background_run, stream_run
 from waiting import MANY, answered_meanwhile
 
 from utils import offline
@@ -82,28 +83,11 @@ def run(api: httpx.Client, message: str, **fields: str) -> httpx.Response:
 
 
 def stream(api: httpx.Client, message: str, **fields: str) -> list[tuple[str, dict[str, Any]]]:
-    events = []
-    with api.stream("POST", RUNS, data={"message": message, **fields}) as answer:
-        assert answer.status_code == 200
-        for line in answer.iter_lines():
-            if line.startswith("event: "):
-                name = line[7:]
-            elif line.startswith("data: "):
-                events.append((name, json.loads(line[6:])))
-    return events
+    return stream_run(api, RUNS, message, **fields)
 
 
 def background(api: httpx.Client, message: str, session_id: str, **fields: str) -> dict[str, Any]:
-    """Start a run in the background, and poll it until it has ended."""
-    answer = run(api, message, background="true", session_id=session_id, **fields)
-    assert answer.status_code == 202, answer.text
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        found = api.get(f"{RUNS}/{answer.json()['run_id']}", params={"session_id": session_id}).json()
-        if found["status"] not in ("PENDING", "RUNNING"):
-            break
-        time.sleep(0.05)
-    return dict(found)
+    return background_run(api, RUNS, message, session_id, **fields)
 
 
 def log_lines(found: Service) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from agno.models.openai import OpenAILike
 from agno.run.base import RunStatus
 from agno.team import Team
 from conftest import model_environment
+from service_runs import background_run, stream_run
 from waiting import MANY, answered_meanwhile, wait_for
 
 from utils import models, offline
@@ -72,28 +73,11 @@ def run(api: httpx.Client, kind: str, message: str = QUESTION, **fields: str) ->
 
 
 def stream(api: httpx.Client, kind: str, message: str = QUESTION, **fields: str) -> list[tuple[str, dict[str, Any]]]:
-    events = []
-    with api.stream("POST", PLACES[kind], data={"message": message, **fields}) as answer:
-        assert answer.status_code == 200
-        for line in answer.iter_lines():
-            if line.startswith("event: "):
-                name = line[7:]
-            elif line.startswith("data: "):
-                events.append((name, json.loads(line[6:])))
-    return events
+    return stream_run(api, PLACES[kind], message, **fields)
 
 
 def background(api: httpx.Client, kind: str, session_id: str, **fields: str) -> dict[str, Any]:
-    """Start a run in the background, and poll it until it has ended."""
-    answer = run(api, kind, background="true", session_id=session_id, **fields)
-    assert answer.status_code == 202, answer.text
-
-    def found() -> dict[str, Any]:
-        path = f"{PLACES[kind]}/{answer.json()['run_id']}"
-        return dict(api.get(path, params={"session_id": session_id}).json())
-
-    assert wait_for(lambda: found()["status"] not in ("PENDING", "RUNNING"))
-    return found()
+    return background_run(api, PLACES[kind], QUESTION, session_id, **fields)
 
 
 def log_lines(found: Service, count: int, **wanted: Any) -> list[dict[str, Any]]:
