@@ -21,6 +21,7 @@ from agno.knowledge.document import Document
 from agno.knowledge.knowledge import Knowledge
 from agno.run import RunContext
 from agno.team import Team
+from waiting import wait_for
 
 from utils import models
 from utils.bootstrap import ROOT
@@ -279,17 +280,11 @@ def test_nothing_found_is_not_kept(retriever: CachedRetriever, store: Watched) -
 
 
 def wait_for_searches(store: Watched, number: int) -> None:
-    end = time.monotonic() + 20
-    while len(store.asked) < number:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    assert wait_for(lambda: len(store.asked) >= number)
 
 
 def wait_for_askers(retriever: CachedRetriever, number: int) -> None:
-    end = time.monotonic() + 20
-    while retriever.searches + retriever.hits < number:
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    assert wait_for(lambda: retriever.searches + retriever.hits >= number)
 
 
 def test_many_threads_that_ask_at_once_make_one_search(retriever: CachedRetriever, store: Watched) -> None:
