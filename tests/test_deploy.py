@@ -29,6 +29,7 @@ from sqlalchemy.engine import make_url
 from utils.bootstrap import ROOT, check_python
 from utils.hosting import config as hosting_config
 from utils.hosting.config import load_config
+from utils.hosting.database import POOL
 from utils.postgres import postgres
 
 if TYPE_CHECKING:
@@ -621,3 +622,107 @@ def copy(source: Path, target: Path) -> None:
     else:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
+
+
+# Kubernetes: utils/deploy/kubernetes
+
+KUBERNETES = DEPLOY / "kubernetes"
+
+
+def objects(name: str) -> dict[str, dict[str, Any]]:
+    """The objects of a file by kind and name."""
+    documents = yaml.safe_load_all((KUBERNETES / name).read_text(encoding="utf-8"))
+    return {f"{one['kind']}/{one['metadata']['name']}": one for one in documents}
+
+
+def pod() -> dict[str, Any]:
+    return objects("agent.yaml")["Deployment/knowledge-agent"]["spec"]["template"]
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+def test_every_object_follows_the_schema_of_kubernetes(version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, see README.md there")
+    found = [one for path in sorted(KUBERNETES.glob("*.yaml")) for one in objects(path.name).values()]
+    assert len(found) == 9
+    for one in found:
+        validator.validate(one, version, strict=True)
+    wrong = objects("agent-autoscaling.yaml").popitem()[1]
+    wrong["spec"]["maxReplica"] = 3
+    with pytest.raises(validator.ValidationError):
+        validator.validate(wrong, version, strict=True)
+
+
+def test_deployment_service_budget_and_autoscaler_mean_the_same_pods() -> None:
+    found = objects("agent.yaml")
+    labels = pod()["metadata"]["labels"]
+    assert found["Deployment/knowledge-agent"]["spec"]["selector"]["matchLabels"] == labels
+    assert found["PodDisruptionBudget/knowledge-agent"]["spec"]["selector"]["matchLabels"] == labels
+    assert found["Service/knowledge-agent"]["spec"]["selector"] == labels
+    target = objects("agent-autoscaling.yaml")["HorizontalPodAutoscaler/knowledge-agent"]["spec"]["scaleTargetRef"]
+    deployment = found["Deployment/knowledge-agent"]
+    assert target == {"apiVersion": deployment["apiVersion"], "kind": "Deployment", "name": "knowledge-agent"}
+    assert "replicas" not in deployment["spec"], "each apply would undo what the autoscaler did"
+
+
+def test_the_pod_runs_what_the_image_and_the_service_offer() -> None:
+    container = pod()["spec"]["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert str(ports["http"]) == instruction("EXPOSE")
+    assert objects("agent.yaml")["Service/knowledge-agent"]["spec"]["ports"][0]["targetPort"] == "http"
+    security = pod()["spec"]["securityContext"]
+    assert instruction("USER") == f"{security['runAsUser']}:{security['runAsGroup']}" and security["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [image_environment()["HOME"]]
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    known = service_file()["services"]["agent"]["environment"]
+    assert set(variables) <= {*known, "SHUTDOWN_SECONDS"} and variables["SERVICE_WORKERS"] == "1"
+    secrets = {"OPENAI_API_KEY": "x", "OS_SECURITY_KEY": "key-of-mine-0123", "MILVUS_TOKEN": "root:x"}
+    secrets["DATABASE_URL"] = "postgresql+psycopg://knowledge:x@postgres.example.com:5432/knowledge"
+    config = load_config("agent", image_environment() | variables | secrets, env_file=Path("none"))
+    assert config.workers == 1 and not config.settings.on_lite and config.auth == "key"
+    readme = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"--from-literal=(\w+)=", readme)) == set(secrets)
+    assert set(secrets).isdisjoint(variables), "a secret in a file"
+    assert {name: container[name]["httpGet"]["path"] for name in container if name.endswith("Probe")} == {
+        "startupProbe": "/health",
+        "readinessProbe": "/ready",
+        "livenessProbe": "/health",
+    }, "a restart mends no database: only readiness may ask it"
+
+
+def test_runs_may_finish_before_the_pod_is_killed() -> None:
+    container = pod()["spec"]["containers"][0]
+    shutdown = int(next(entry["value"] for entry in container["env"] if entry["name"] == "SHUTDOWN_SECONDS"))
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pause >= container["readinessProbe"]["periodSeconds"]
+    assert pod()["spec"]["terminationGracePeriodSeconds"] >= pause + shutdown + 10
+
+
+def test_the_autoscaler_stays_within_what_postgresql_allows() -> None:
+    scaler = objects("agent-autoscaling.yaml")["HorizontalPodAutoscaler/knowledge-agent"]["spec"]
+    connections = POOL["pool_size"] + POOL["max_overflow"]
+    assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"] <= (100 - 3) // connections, "max_connections as shipped"
+    assert scaler["metrics"][0]["resource"]["target"]["averageUtilization"] <= 80
+    assert pod()["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1", "what one Python process can use"
+    assert scaler["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300
+
+
+def test_every_role_of_milvus_has_a_budget_that_leaves_one_of_it() -> None:
+    roles = {
+        one["spec"]["selector"]["matchLabels"]["component"]: one["spec"]["maxUnavailable"]
+        for one in objects("milvus-disruption.yaml").values()
+    }
+    # The values call the role mixCoordinator, the chart's label is mixcoord.
+    assert roles == {name.lower().replace("coordinator", "coord"): 1 for name in NODES}
+    for one in objects("milvus-disruption.yaml").values():
+        labels = one["spec"]["selector"]["matchLabels"]
+        assert one["metadata"]["name"] == f"milvus-{labels['component']}"
+        assert f"helm install {labels['app.kubernetes.io/instance']} zilliztech/milvus " in README
+
+
+def test_the_readme_of_kubernetes_names_every_file() -> None:
+    readme = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    for path in KUBERNETES.glob("*.yaml"):
+        assert f"`{path.name}`" in readme
+    for link in re.findall(r"\]\((\.\.[^)#]+)", readme):
+        assert (KUBERNETES / link).exists(), link

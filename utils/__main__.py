@@ -1,4 +1,4 @@
-"""The command line: python3 -m utils lab | test | run | ask | serve | model | milvus | doctor.
+"""The command line: python3 -m utils lab | test | run | ask | serve | model | milvus | bench | doctor.
 
 Standard library only: everything that needs a package is imported after the environment is there.
 """
@@ -67,6 +67,27 @@ def parser() -> argparse.ArgumentParser:
     milvus.add_argument("--folder", help="for its data and logs (default: data/local/milvus-KIND)")
     milvus.add_argument("--port", type=int, help="the port to listen on (default: a free one)")
     milvus.add_argument("--query-nodes", type=int, metavar="N", help="query nodes of a cluster (default: 2)")
+
+    bench = commands.add_parser("bench", help="measure on this machine what the notebooks show stored results of")
+    bench.add_argument("what", choices=["index"], help="indexes of Milvus, from ten thousand to ten million vectors")
+    bench.add_argument("--sizes", nargs="+", default=[], metavar="N", help="such as 10k 1M (default: 10k 100k 1M 10M)")
+    bench.add_argument(
+        "--indexes",
+        nargs="+",
+        default=[],
+        choices=["FLAT", "IVF_FLAT", "IVF_SQ8", "HNSW"],
+        help="only these (default: all)",
+    )
+    bench.add_argument("--clients", type=int, default=4, metavar="N", help="that search at once (default: %(default)s)")
+    bench.add_argument("--out", metavar="FILE", help="for the results (default: data/local/index-bench/index.json)")
+    again = bench.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an earlier run, which is the default")
+    again.add_argument("--restart", action="store_true", help="insert and measure these sizes anew")
+    again.add_argument(
+        "--redo",
+        choices=["search", "build"],
+        help="measure the searches, or builds and searches, again with the vectors that are inserted",
+    )
 
     commands.add_parser("doctor", help="what works here, what does not, and the remedy")
     return top
@@ -149,6 +170,12 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         from utils.milvus_lab.command import milvus_command
 
         return milvus_command(options.kind, options.folder, options.port, options.query_nodes)
+    if options.command == "bench":
+        from utils.index_bench.run import bench_index_command
+
+        return bench_index_command(
+            options.sizes, options.indexes, options.clients, options.out, options.redo, options.restart
+        )
     from utils.doctor import main as examine
 
     return int(examine())
