@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from playwright.sync_api import Browser
 
 from utils.bootstrap import ROOT
+from utils.index_bench.store import search_table
 from utils.notebooks import course
 
 TEXT = {"application/vnd.jupyter.stdout", "application/vnd.jupyter.stderr", "text/plain"}
@@ -214,6 +215,24 @@ def test_the_console_of_notebook_03_is_used_in_the_browser(browser: Browser, lab
         page.wait_for(".console-sources", "parking.md")
         page.page.get_by_role("tab", name="Last run").click()
         page.wait_for(".console-timeline", "search_knowledge_base")
+        assert page.troubles == [] and page.too_wide() == []
+
+
+def test_the_slider_of_notebook_07_shows_the_stored_runs(browser: Browser, lab: Lab) -> None:
+    cells = nbformat.read(ROOT / "notebooks" / "07_index_tuning.ipynb", as_version=4).cells
+    names = ("search_table(STORED)", "ipw.SelectionSlider")
+    loading, slider = (next(cell for cell in cells if name in cell.source) for name in names)
+    imports = "import json\nfrom pathlib import Path\n\nimport ipywidgets as ipw"
+    lab.write("slider", new_code_cell(imports), new_code_cell(loading.source), new_code_cell(slider.source))
+    stored = search_table(ROOT / "data" / "benchmarks" / "index.json")
+    recalls = stored[(stored["kind"] == "IVF_FLAT") & (stored["nlist"] == 128) & (stored["rows"] == 10_000_000)]
+    eight, sixteen = (f"{recalls.set_index('nprobe')['recall'][nprobe]:.2f}" for nprobe in (8, 16))
+    assert eight != sixteen
+    with open_notebook(browser, lab, "slider") as page:
+        assert page.run_all(180) == []
+        page.wait_for(".index-runs", re.compile(rf"10,000,000\s+{eight}"))
+        page.page.get_by_role("slider").press("ArrowRight")
+        page.wait_for(".index-runs", re.compile(rf"10,000,000\s+{sixteen}"))
         assert page.troubles == [] and page.too_wide() == []
 
 

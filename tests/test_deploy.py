@@ -29,7 +29,9 @@ from sqlalchemy.engine import make_url
 from utils.bootstrap import ROOT, check_python
 from utils.hosting import config as hosting_config
 from utils.hosting.config import load_config
-from utils.hosting.database import POOL
+from utils.hosting.database import CONNECT_SECONDS, POOL
+from utils.hosting.readiness import PROBE_SECONDS
+from utils.hosting.runs import STORE_SECONDS
 from utils.postgres import postgres
 
 if TYPE_CHECKING:
@@ -286,6 +288,10 @@ def test_the_readme_names_these_versions_and_files() -> None:
         assert (DISTRIBUTED / name).is_file(), name
     for path in (STANDALONE / "compose.yaml", STANDALONE / "env.example", *DISTRIBUTED.iterdir()):
         assert f"`{path.relative_to(DEPLOY).as_posix()}`" in README
+    folders = {path.name for path in DEPLOY.iterdir() if path.is_dir()}
+    assert folders == set(re.findall(r"(?m)^\| \[?`([\w-]+)/", README)), "a folder that the table does not name"
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (DEPLOY / link).exists(), link
 
 
 # The service: utils/deploy/knowledge-agent
@@ -695,13 +701,28 @@ def test_runs_may_finish_before_the_pod_is_killed() -> None:
     shutdown = int(next(entry["value"] for entry in container["env"] if entry["name"] == "SHUTDOWN_SECONDS"))
     pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pause >= container["readinessProbe"]["periodSeconds"]
-    assert pod()["spec"]["terminationGracePeriodSeconds"] >= pause + shutdown + 10
+    assert pod()["spec"]["terminationGracePeriodSeconds"] > pause + shutdown + 2 * STORE_SECONDS
+
+
+def test_a_probe_waits_for_longer_than_the_service_does() -> None:
+    container = pod()["spec"]["containers"][0]
+    assert container["readinessProbe"]["timeoutSeconds"] > PROBE_SECONDS, "else nobody reads which part fails"
+    assert container["livenessProbe"]["timeoutSeconds"] > CONNECT_SECONDS, "a restart mends no database"
+
+
+def test_a_query_node_may_fail_while_every_copy_has_its_own() -> None:
+    copies = next(one["value"] for one in pod()["spec"]["containers"][0]["env"] if one["name"] == "MILVUS_REPLICAS")
+    nodes = values("values.yaml")["queryNode"]["replicas"], values("values.yaml", AUTOSCALED)["queryNode"]["hpa"]
+    assert 2 <= int(copies) < min(nodes[0], nodes[1]["minReplicas"])
 
 
 def test_the_autoscaler_stays_within_what_postgresql_allows() -> None:
     scaler = objects("agent-autoscaling.yaml")["HorizontalPodAutoscaler/knowledge-agent"]["spec"]
-    connections = POOL["pool_size"] + POOL["max_overflow"]
-    assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"] <= (100 - 3) // connections, "max_connections as shipped"
+    update = objects("agent.yaml")["Deployment/knowledge-agent"]["spec"]["strategy"]["rollingUpdate"]
+    connections = (POOL["pool_size"] + POOL["max_overflow"]) * (scaler["maxReplicas"] + update["maxSurge"])
+    needed = re.search(r"`max_connections` of (\d+)", (KUBERNETES / "README.md").read_text(encoding="utf-8"))
+    assert needed and connections + 3 <= int(needed[1]), "PostgreSQL keeps three for superusers"
+    assert 2 <= scaler["minReplicas"] < scaler["maxReplicas"]
     assert scaler["metrics"][0]["resource"]["target"]["averageUtilization"] <= 80
     assert pod()["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "1", "what one Python process can use"
     assert scaler["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300

@@ -7,19 +7,24 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from agno.db.sqlite import SqliteDb
+from agno.run.agent import RunOutput
+from agno.session import AgentSession
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
 from utils.bootstrap import ROOT
 from utils.hosting import ServiceConfig, configure_logs, load_config, open_database
-from utils.hosting.database import DatabaseError
+from utils.hosting.database import DatabaseError, note_failed_writes
 from utils.hosting.limits import RequestLimits
 from utils.hosting.logs import AccessLog, log
 from utils.hosting.runs import RunStatusCodes, SearchFailed
@@ -44,6 +49,7 @@ def test_without_settings_it_listens_on_this_machine_only(tmp_path: Path) -> Non
     assert (config.auth, config.database_url, config.collection) == ("none", "", "knowledge")
     assert config.upload_limit == 20 * 2**20 and config.upload_types == ("md", "txt", "pdf", "csv")
     assert (config.milvus_timeout, config.model_timeout, config.shutdown_seconds) == (10, 60, 30)
+    assert config.milvus_replicas is None
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,8 @@ def test_without_settings_it_listens_on_this_machine_only(tmp_path: Path) -> Non
         ({"DATABASE_URL": "postgres://a:p%40ss@h/n"}, "database_url", "postgresql+psycopg://a:p%40ss@h/n"),
         ({"MILVUS_COLLECTION": "papers"}, "collection", "papers"),
         ({"MILVUS_TIMEOUT": "3"}, "milvus_timeout", 3),
+        ({"MILVUS_REPLICAS": "2"}, "milvus_replicas", 2),
+        ({"MILVUS_REPLICAS": " "}, "milvus_replicas", None),
         ({"JWT_VERIFICATION_KEY": PEM.replace("\n", "\\n"), "JWT_ALGORITHM": "EdDSA"}, "jwt_key", PEM),
         ({"CORS_ORIGINS": "https://a.example/, http://b:3000"}, "cors_origins", ("https://a.example", "http://b:3000")),
         ({"UPLOAD_LIMIT_MB": "1"}, "upload_limit", 2**20),
@@ -97,6 +105,7 @@ def test_a_right_value_is_taken(tmp_path: Path, values: dict[str, str], field: s
         ({"DATABASE_URL": "s3cret-word"}, "DATABASE_URL is not the URL"),
         ({"MILVUS_URI": "localhost:19530"}, "MILVUS_URI is 'localhost:19530'"),
         ({"MILVUS_TIMEOUT": "0"}, "MILVUS_TIMEOUT is '0'"),
+        ({"MILVUS_REPLICAS": "0"}, "MILVUS_REPLICAS is '0'; set it to a whole number from 1 to 64."),
         ({"OS_SECURITY_KEY": "short"}, "OS_SECURITY_KEY has fewer than 16 characters"),
         ({"JWT_VERIFICATION_KEY": "s3cret-word"}, "JWT_VERIFICATION_KEY has fewer than 32 characters"),
         ({"OS_SECURITY_KEY": KEY, "JWT_VERIFICATION_KEY": KEY}, "OS_SECURITY_KEY and JWT_VERIFICATION_KEY are both"),
@@ -160,6 +169,33 @@ def test_a_dead_postgresql_is_one_sentence_without_the_password(tmp_path: Path, 
     with pytest.raises(DatabaseError, match=sentence) as raised:
         open_database(ServiceConfig(Settings(), tmp_path, database_url=url), NAME)
     assert "s3cret-word" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_writes_that_fail_are_noted_until_they_succeed(tmp_path: Path) -> None:
+    """On SQLite; on PostgreSQL test_service.py has a whole service do it."""
+    database = open_database(ServiceConfig(Settings(), tmp_path), NAME)
+    session, run = AgentSession(session_id="of-ann", agent_id="a"), RunOutput(run_id="first", session_id="of-ann")
+
+    def write() -> None:
+        with suppress(SQLAlchemyError):
+            database.upsert_session(session)
+        with suppress(SQLAlchemyError):
+            database.upsert_run(run, "of-ann")
+
+    write()  # makes the tables, outside of any request
+    failed = note_failed_writes()
+    with database.db_engine.begin() as sql:
+        for table, event in (("sessions", "UPDATE"), ("runs", "INSERT")):
+            action = f"BEFORE {event} ON agno_{table} BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+            sql.execute(text(f"CREATE TRIGGER no_{table} {action}"))
+    write()
+    assert failed == {"of-ann", "first"}
+    for table, rest in (("sessions", {"first"}), ("runs", set())):
+        with database.db_engine.begin() as sql:
+            sql.execute(text(f"DROP TRIGGER no_{table}"))
+        write()
+        assert failed == rest
+    database.db_engine.dispose()
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:

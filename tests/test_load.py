@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import wait_for
 
+from utils.bootstrap import ROOT
 from utils.errors import CourseError
 from utils.load import OK, TIMEOUT, WRONG, Request, Usage, open_loop, outage, poisson, summary, timeline
 from utils.load.generator import LoadError, Send
@@ -23,8 +26,8 @@ from utils.load.limit import CpuLimit
 BUSY = "while True: pass"
 
 
-def run(send: Send, arrivals: list[float], **options: float) -> list[Request]:
-    return asyncio.run(open_loop(send, arrivals, progress=False, **options))  # type: ignore[arg-type]
+def run(send: Send, arrivals: list[float], **options: Any) -> list[Request]:
+    return asyncio.run(open_loop(send, arrivals, progress=False, **options))
 
 
 def request(scheduled: float, latency: float = 0.1, outcome: str = OK, late: float = 0.0) -> Request:
@@ -136,14 +139,31 @@ def test_an_interrupt_ends_the_load() -> None:
         asyncio.run(interrupted())
 
 
-def test_the_progress_display_vanishes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_load_ends_when_it_is_enough() -> None:
+    seen = []
+
     async def send(number: int) -> str:
         return OK
 
+    def enough(done: Sequence[Request]) -> bool:
+        seen.append(len(done))
+        return len(done) >= 3
+
+    requests = run(send, [0.02 * number for number in range(100)], enough=enough)
+    assert seen[0] == 0 and seen == sorted(seen) and seen[-1] >= 3
+    assert len(requests) == len(seen) - 1 < 100, "asked before each, and the one that was enough was not sent"
+
+
+def test_the_progress_display_ends_with_what_was_met(capsys: pytest.CaptureFixture[str]) -> None:
+    async def send(number: int) -> str:
+        return OK if number else "502"
+
     asyncio.run(open_loop(send, [0.0, 0.1, 0.2], title="three"))
     shown, errors = capsys.readouterr()
-    assert "three" in shown and "3" in shown and not errors
-    assert not shown.rpartition("\r")[2].strip() and "\n" not in shown
+    assert not errors and shown.count("\n") == 1, "one line, written again and again"
+    assert re.fullmatch(r"three: 3 of 3 sent, 0 waiting, 1 failed, \d+\.\d s\n", shown.rpartition("\r")[2])
+    asyncio.run(open_loop(send, [0.0, 0.1, 5.0], title="two", enough=lambda done: len(done) == 2))
+    assert "\rtwo: 2 of 2 sent, 0 waiting" in capsys.readouterr().out
 
 
 def test_the_figures_of_a_load() -> None:
@@ -167,7 +187,7 @@ def test_a_time_line_has_a_row_for_each_half_second() -> None:
     line = timeline([request(0.1, 0.2), request(0.4, 0.4), request(0.6, 0.1, "502"), request(1.9)])
     assert line.index.tolist() == [0.0, 0.5, 1.5]
     assert line["answered"].tolist() == [2, 0, 1] and line["failed"].tolist() == [0, 1, 0]
-    assert line["p50 ms"].round().tolist() == [300, 100, 100]
+    assert line["p50 ms"].round().tolist() == [400, 100, 100], "of two the higher"
 
 
 def steady(seconds: int, **changed: Request) -> list[Request]:
@@ -185,11 +205,17 @@ def steady(seconds: int, **changed: Request) -> list[Request]:
         (steady(10, t12=request(1.2, 5.0)), 0.0),  # before it broke
         (steady(10, **{f"t{t}": request(t / 10, 2.0) for t in range(50, 60)}), 2.0),  # nothing failed, but all wait
         (steady(10, t70=request(7.0, 2.0)), 0.0),  # one that is slow is no outage
+        ([request(t / 4, 2.0 if 20 < t < 40 and t % 2 else 0.1) for t in range(60)], 6.0),  # one server of two hangs
         (steady(10, t97=request(9.7, outcome="502")), None),
     ],
 )
 def test_an_outage_lasts_until_service_is_as_usual(requests: list[Request], seconds: float | None) -> None:
     assert outage(requests, at=4.0) == seconds
+
+
+def test_an_outage_needs_to_know_what_is_usual() -> None:
+    with pytest.raises(LoadError, match="break it later"):
+        outage(steady(2), at=0.5)
 
 
 def test_usage_tells_the_busy_process_from_this_one(busy: subprocess.Popen[bytes]) -> None:
@@ -240,6 +266,42 @@ def test_a_limited_process_gets_its_share_and_is_free_again(busy: subprocess.Pop
         assert used < 0.2 * lasted + 0.3
     end = process.cpu_times().user
     assert wait_for(lambda: process.cpu_times().user > end + 0.2)
+
+
+LEFT = """
+import sys, psutil
+from utils.load.limit import CpuLimit
+process = psutil.Process(int(sys.argv[1]))
+limit = CpuLimit(0.01).__enter__()
+limit.add(process.pid)
+while process.status() != psutil.STATUS_STOPPED:
+    pass
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("way", ["an error", "the end of the program", "a fault in the limit itself"])
+def test_every_way_out_lets_it_run_again(
+    busy: subprocess.Popen[bytes], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = psutil.Process(busy.pid)
+    if way == "the end of the program":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", LEFT, str(busy.pid)], env=environment, check=True, timeout=60)
+    elif way == "an error":
+        with pytest.raises(KeyboardInterrupt), CpuLimit(0.01) as limit:
+            limit.add(busy.pid)
+            assert wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+            raise KeyboardInterrupt
+    else:
+        monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+        with CpuLimit(0.01) as limit:
+            limit.add(busy.pid)
+            assert wait_for(lambda: process.status() == psutil.STATUS_STOPPED)
+            monkeypatch.setattr("utils.load.limit._used", lambda process: 1 / 0)
+            assert wait_for(lambda: not limit._thread.is_alive())
+    used = process.cpu_times().user
+    assert wait_for(lambda: process.cpu_times().user > used + 0.2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -78,8 +78,8 @@ def processes_of(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def start(folder: Path, **options: int) -> None:
-    with standalone(folder, progress=False, **options):
+def start(folder: Path, port: int | None = None) -> None:
+    with standalone(folder, port=port, progress=False):
         pass
 
 
@@ -141,6 +141,25 @@ def test_what_was_confirmed_survives_a_crash_and_the_client_finds_the_server_aga
     assert lab.uri == uri and "ready again at" in capsys.readouterr().out
     assert count(client, "crash") == 50, "loaded again, without a flush before the crash"
     client.drop_collection("crash")
+
+
+@linux_server
+def test_settings_reach_milvus_at_every_start(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with standalone(tmp_path, progress=False, settings={"proxy.maxNameLength": "30"}) as lab:
+        for restarted in (False, True):
+            if restarted:
+                lab.restart()
+            client = client_of(lab)
+            client.create_collection("x" * 30, dimension=2)
+            with pytest.raises(MilvusException, match="less than 30 characters"):
+                client.create_collection("x" * 31, dimension=2)
+            client.drop_collection("x" * 30)
+            client.close()
+    assert dict(os.environ) == before, "another server that this program starts has other settings"
+    misspelt = standalone(tmp_path, progress=False, settings={"proxy.maxNameLengths": "30"})
+    with pytest.raises(LabError, match=r"Milvus 2\.3\.5 has no setting 'proxy\.maxNameLengths'"), misspelt:
+        pass
 
 
 @pytest.fixture
@@ -243,6 +262,20 @@ def test_query_nodes_come_and_go_and_every_row_stays(milvus_cluster: Cluster) ->
     lab.restart()
     assert count(client, "burst") == 6000, "also after a restart of all roles"
     client.drop_collection("burst")
+
+
+def test_a_role_that_was_restarted_serves_at_the_same_address(milvus_cluster: Cluster) -> None:
+    lab = milvus_cluster
+    client = client_of(lab)
+    make(client, "again", 20)
+    before, places = lab.processes["proxy"], dict(lab.metrics)
+    lab.restart_role("proxy", away=0.2)
+    assert before.exit_code == -signal.SIGKILL and lab.processes["proxy"].running
+    assert lab.metrics == places and list(lab.processes)[2:] == list(places)
+    assert count(client, "again") == 20
+    client.drop_collection("again")
+    with pytest.raises(LabError, match=r"There is no role 'etcd'; the cluster has rootcoord, .*, querynode-"):
+        lab.restart_role("etcd")
 
 
 def test_a_cluster_starts_with_a_query_node(tmp_path: Path) -> None:

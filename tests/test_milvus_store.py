@@ -525,6 +525,41 @@ def test_creating_and_dropping(place: Place) -> None:
     assert store.get_count() == 0
 
 
+def test_a_loaded_collection_keeps_its_copies_whatever_a_store_asks_for(
+    milvus_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("utils.milvus_store.logger.warning", said.append)
+    place = Place("cluster", milvus_cluster.uri, milvus_cluster.token, ReliableMilvus, False, prefix="copies")
+
+    def loaded(store: ReliableMilvus) -> int:
+        assert contents(store.search("text")) == ["text"]
+        return len(store.client.describe_replica(store.collection))
+
+    one = place.new_store()
+    one.insert("h", documents("text"))
+    assert loaded(one) == 1
+    one.client.release_collection(one.collection)
+    one.client.load_collection(one.collection, replica_number=2)  # as an operator does who scales
+    for replicas in (None, 2, 1):
+        store = place.open(one.collection, replicas=replicas)
+        store.create()
+        assert loaded(store) == 2 and len(said) == (replicas == 1), "no service is refused, and nothing released"
+    assert f"{one.collection} is loaded with 2 copies and stays so, although replicas is 1" in said[0]
+
+    one.client.release_collection(one.collection)
+    two = place.open(one.collection, replicas=2)
+    two.create()
+    assert loaded(two) == 2
+    two.client.release_collection(two.collection)
+    assert loaded(two) == 2, "loaded again by the search that found it released"
+    two.client.release_collection(two.collection)
+    two.client.load_collection(two.collection, replica_number=2, _async=True)  # another process has begun
+    late = place.open(one.collection, replicas=1)
+    late.create()
+    assert loaded(late) == 2
+
+
 def test_interrupted_creation_is_completed(lite: Place) -> None:
     store = lite.open("half")
     store.client.create_index = None

@@ -111,6 +111,8 @@ def test_wrong_options_are_one_sentence_and_change_nothing(tmp_path: Path, two: 
         before = front.config
         with pytest.raises(ProxyError, match="no_such_policy"):
             front.configure([two[1].address], "lb_policy no_such_policy")
+        with pytest.raises(ProxyError, match="missing closing"):
+            front.configure([two[1].address], 'health_uri /\nhealth_body "(("')  # Caddyfile is right, the value is not
         assert front.config == before and set(ask(front)) == {"one"}
     with pytest.raises(ProxyError, match="^Caddy refuses these options: .*no_such_option"):
         Balancer(tmp_path / "other", [two[0].address], "no_such_option")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -12,18 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import psycopg
 import pytest
 from conftest import model_environment
+from pymilvus import MilvusClient
 from waiting import gone, wait_for
 
 from utils import offline
 from utils.bootstrap import ROOT
+from utils.milvus_lab.distributed import Cluster
 from utils.milvus_lab.lite import LiteServer
 from utils.milvus_lab.servers import ServerLab
 from utils.postgres import Postgres, postgres
@@ -143,6 +147,21 @@ def test_service_says_the_sentence_of_an_app_that_does_not_start(tmp_path: Path)
         pass
 
 
+def test_a_collection_is_loaded_with_the_copies_of_the_setting_and_left_alone_if_it_is_loaded(
+    tmp_path: Path, offline_environment: dict[str, str], milvus_cluster: Cluster
+) -> None:
+    lab, name = milvus_cluster, "of_service"
+    environment = {"MILVUS_URI": lab.uri, "MILVUS_TOKEN": lab.token, "MILVUS_COLLECTION": name, "MILVUS_TIMEOUT": "60"}
+    milvus = MilvusClient(lab.uri, token=lab.token)
+    for number in ("2", "1"):
+        settings = {**offline_environment, **environment, "MILVUS_REPLICAS": number}
+        with service(tmp_path / number, settings, progress=False) as found:
+            assert len(milvus.describe_replica(name)) == 2
+            said = f"{name} is loaded with 2 copies and stays so, although replicas is {number}: to change it"
+            assert (said in found.log_file.read_text(encoding="utf-8")) is (number == "1")
+    milvus.drop_collection(name)
+
+
 # --- how it ends ---
 
 
@@ -230,6 +249,20 @@ def test_what_takes_longer_than_shutdown_seconds_is_cut_off(
         assert streamed.result()[-1] != "RunCompleted"
         found.start()
         assert get(found, "/sessions/background/runs")[0]["status"] == "CANCELLED", "and not RUNNING for ever"
+
+
+def test_an_idle_connection_is_kept_longer_than_by_a_balancer_and_does_not_hold_up_the_end(
+    tmp_path: Path, offline_environment: dict[str, str]
+) -> None:
+    with service(tmp_path, {**offline_environment, "SHUTDOWN_SECONDS": "600"}, progress=False) as found:
+        address = found.url.removeprefix("http://")
+        with closing(http.client.HTTPConnection(address, timeout=60)) as kept:
+            for pause in (6, 0):  # uvicorn by itself closes after 5 seconds
+                kept.request("GET", "/health")
+                answer = kept.getresponse()
+                assert answer.status == 200 and answer.read()
+                time.sleep(pause)
+            assert told_to_end(found) == 0
 
 
 # --- what a crash leaves ---
@@ -345,20 +378,97 @@ def test_two_workers_serve_and_a_killed_one_is_replaced(pair: Service) -> None:
     assert told_to_end(pair) == 0
 
 
-def test_a_dead_postgresql_is_told_and_comes_back(
-    tmp_path: Path, offline_environment: dict[str, str], database: Postgres
+APPS = {
+    "knowledge_agent": [RUNS],
+    "research_team": ["/teams/research-team/runs", "/workflows/research-workflow/runs"],
+}
+DEAD = {"detail": "The database does not answer (OperationalError): start it, or correct DATABASE_URL."}
+
+
+def session_of(path: str) -> str:
+    return path.strip("/").replace("/", "-")
+
+
+def run(found: Service, path: str, **fields: str) -> httpx.Response:
+    return HTTP.post(f"{found.url}{path}", data={"message": QUESTION, "session_id": session_of(path), **fields})
+
+
+def last_event(answer: httpx.Response) -> dict[str, Any]:
+    """The data of a stream's last event."""
+    assert answer.status_code == 200, answer.text
+    return dict(json.loads(answer.text.strip().rpartition("\ndata: ")[2]))
+
+
+@pytest.fixture(params=APPS)
+def on_postgresql(
+    request: pytest.FixtureRequest, tmp_path: Path, offline_environment: dict[str, str], database: Postgres
+) -> Iterator[tuple[Service, list[str]]]:
+    """Each app with one document on PostgreSQL, and the paths of its runs."""
+    environment = {**offline_environment, "DATABASE_URL": database.url}
+    with service(tmp_path, environment, app=f"utils.apps.{request.param}", progress=False) as found:
+        content_id = upload(found, "canteen.md", CANTEEN)
+        assert wait_for(lambda: status(found, content_id)[0] == "completed")
+        yield found, APPS[request.param]
+
+
+def test_a_dead_postgresql_is_503_and_one_sentence_and_comes_back(
+    on_postgresql: tuple[Service, list[str]], database: Postgres
 ) -> None:
-    with service(tmp_path, {**offline_environment, "DATABASE_URL": database.url}, progress=False) as found:
-        assert ask(found, "before").status_code == 200
-        database.kill()
-        time.sleep(2.1)
-        checks = get(found, "/ready")["checks"]
-        assert [name for name in checks if not checks[name]["ok"]] == ["database"]
-        assert "DATABASE_URL" in checks["database"]["error"]
-        assert ask(found, "meanwhile").status_code >= 500
-        database.restart()
-        assert wait_for(lambda: get(found, "/ready")["status"] == "ready")
-        assert ask(found, "before").status_code == 200
-        assert len(get(found, "/sessions/before/runs")) == 2
-        text = found.log_file.read_text(encoding="utf-8")
-        assert database.url.split(":")[2].partition("@")[0] not in text, "the password"
+    found, paths = on_postgresql
+    before = [run(found, path, stream="false").json()["run_id"] for path in paths]
+    database.kill()
+    time.sleep(2.1)
+    checks = get(found, "/ready")["checks"]
+    answers = [
+        run(found, path, **fields)
+        for path in paths
+        for fields in ({"stream": "false"}, {"stream": "true"}, {"stream": "false", "background": "true"})
+    ]
+    answers += [HTTP.get(f"{found.url}{path}") for path in ("/sessions", "/sessions/one/runs", "/knowledge/content")]
+    database.restart()  # before anything is asserted: other tests use it, too
+    assert [name for name in checks if not checks[name]["ok"]] == ["database"]
+    assert checks["database"]["error"] == DEAD["detail"]
+    assert [answer.status_code for answer in answers] == [503] * len(answers)
+    assert all(answer.json() == DEAD for answer in answers)
+    assert wait_for(lambda: get(found, "/ready")["status"] == "ready")
+    for path, run_id in zip(paths, before, strict=True):
+        assert run(found, path, stream="false").json()["content"] == ANSWER
+        kept = HTTP.get(f"{found.url}{path}/{run_id}", params={"session_id": session_of(path)})
+        assert kept.json()["content"] == ANSWER, "what was written before"
+    text = found.log_file.read_text(encoding="utf-8")
+    assert database.url.split(":")[2].partition("@")[0] not in text, "the password"
+
+
+def test_a_run_that_cannot_be_written_is_answered_and_says_so(
+    on_postgresql: tuple[Service, list[str]], database: Postgres
+) -> None:
+    found, paths = on_postgresql
+    url = database.url.replace("+psycopg", "")
+    run(found, paths[0], stream="false")  # makes the tables
+    with psycopg.connect(url, autocommit=True) as sql:
+        for path in paths:
+            sql.execute("REVOKE INSERT, UPDATE ON ai.agno_runs FROM lab")
+            try:
+                plain = run(found, path, stream="false")
+                streamed = last_event(run(found, path, stream="true"))
+                accepted = run(found, path, stream="false", background="true")
+            finally:
+                sql.execute("GRANT INSERT, UPDATE ON ai.agno_runs TO lab")
+            assert (plain.status_code, accepted.status_code) == (200, 202)
+            for body in (plain.json(), streamed, accepted.json()):
+                assert body.get("stored") is False and body["run_id"], body
+            assert plain.json()["content"] == streamed["content"] == ANSWER
+            kept = run(found, path, stream="false")
+            assert kept.json()["content"] == ANSWER and "stored" not in kept.json()
+            assert "stored" not in last_event(run(found, path, stream="true"))
+        log = found.log_file.read_text(encoding="utf-8").splitlines()
+        lines = [json.loads(line) for line in log if line.startswith("{")]  # Agno prints tracebacks between them
+        runs = [line for line in lines if line["event"] == "run" and "stored" in line]
+        assert {(line["level"], line["stored"]) for line in runs} == {("error", False)} and len(runs) == 3 * len(paths)
+        assert {line["run_id"] for line in runs} <= {line["id"] for line in lines if line["event"] == "not stored"}
+
+        sql.execute("REVOKE SELECT ON ai.agno_sessions FROM lab")
+        try:
+            assert run(found, paths[0], stream="false").status_code == 500, "PostgreSQL answers: what fails is ours"
+        finally:
+            sql.execute("GRANT SELECT ON ai.agno_sessions TO lab")

@@ -19,6 +19,7 @@ import pandas as pd
 from utils.errors import CourseError
 
 COURSE = "data/benchmarks/service.json"
+SEARCHES = "data/benchmarks/index.json: 1M x 96, IVF_FLAT, nlist 1024, nprobe 8, 2 cores"
 VALUES = "utils/deploy/milvus-distributed/values.yaml"
 AGENT = "utils/deploy/kubernetes/agent.yaml"
 FARGATE = "AWS Fargate, Linux x86, us-east-1, list price of June 2026"
@@ -66,17 +67,19 @@ class Load:
 
     first_token_seconds: float = _given(0.6, "measured", "s per call of the model", "an assumption: measure yours")
     tokens_per_second: float = _given(80, "measured", "output tokens of one call", "an assumption: measure yours", 0.1)
-    search_seconds: float = _given(0.01, "measured", "s per search", "yours; notebook 07")
+    search_seconds: float = _given(0.003, "measured", "s per search", f"{SEARCHES}, p50 of one client")
     agent_cpu_seconds: float = _given(
         0.027, "measured", "s of CPU per request", f"{COURSE}: 37.7 runs/s of one worker with PostgreSQL"
     )
-    agent_runs: float = _given(100, "measured", "runs at once that one replica was tested with", "yours", 1)
-    node_searches: float = _given(
-        250,
+    agent_runs: float = _given(
+        32,
         "measured",
-        "searches/s of a node over a whole copy",
-        "1M x 96, IVF_FLAT, nprobe 8, 2 cores: 3.4 ms each",
-        0.1,
+        "places: runs at once in a replica",
+        f"AGNO_BACKGROUND_MAX_CONCURRENCY as Agno sets it; {COURSE} had 16 at once, notebook 06 fills them",
+        1,
+    )
+    node_searches: float = _given(
+        650, "measured", "searches/s of a node over a whole copy", f"{SEARCHES}, 4 clients", 0.1
     )
     run_bytes: float = _given(16_000, "measured", "bytes in PostgreSQL per run", "60 runs of the assistant, measured")
 
@@ -380,8 +383,8 @@ MEASURED = (
     Measured("IVF_FLAT", 100_000, 388.7, row_bytes=1000),
     Measured("IVF_FLAT", 200_000, 684.6, row_bytes=1000, nlist=128),
 )
-# The process keeps buffers of loading: 5 to 92 MB here, and not more with more vectors. Three runs of FLAT with 100,000
-# gave 74, 88 and 121 MB, the others are single runs.
+# The process keeps buffers of loading: 5 to 92 MB here, and not more with more vectors. Four runs of FLAT with 100,000
+# gave 74, 88, 88 and 121 MB, the others are single runs.
 LOADING_MB = 100
 
 

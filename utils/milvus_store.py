@@ -52,12 +52,14 @@ from agno.filters import AND, CONTAINS, EQ, GT, GTE, IN, LT, LTE, MAX_FILTER_DEP
 from agno.knowledge.document import Document
 from agno.knowledge.embedder import Embedder
 from agno.knowledge.reranker.base import Reranker
+from agno.utils.log import logger
 from agno.utils.string import generate_id
 from agno.vectordb.base import VectorDb
 from agno.vectordb.distance import Distance
 from agno.vectordb.score import normalize_score
 from agno.vectordb.search import SearchType
 from pymilvus import AnnSearchRequest, DataType, Function, FunctionType, MilvusClient, RRFRanker, WeightedRanker
+from pymilvus.client.types import LoadState
 from pymilvus.exceptions import ConnectionConfigException, MilvusException
 
 T = TypeVar("T")
@@ -393,7 +395,9 @@ class ReliableMilvus(VectorDb):
         fusion: how a hybrid search joins its two rankings, RRFRanker(k) or WeightedRanker(vector, words).
         candidates: how many hits of each ranking are joined, at least.
         analyzer: Milvus's analyzer_params for BM25, {"type": "standard"} by default.
-        replicas: copies of the collection in the query nodes' memory; a cluster needs as many query nodes.
+        replicas: copies of the collection in the query nodes' memory, when this store loads it; a cluster needs as many
+            query nodes. By default one. A collection that is loaded already is left as it is, because others search in
+            it and Milvus changes the number only after a release; the log says if this number is another one.
         timeout: seconds that one call may take in all, retries included.
         bm25: keep the index for keyword and hybrid searches where Milvus has BM25; without it Milvus Lite takes a
             document in about half the time.
@@ -423,7 +427,7 @@ class ReliableMilvus(VectorDb):
         fusion: RRFRanker | WeightedRanker | None = None,
         candidates: int = 30,
         analyzer: Mapping[str, Any] | None = None,
-        replicas: int = 1,
+        replicas: int | None = None,
         timeout: float = 20,
         bm25: bool = True,
         **client_options: Any,
@@ -576,7 +580,7 @@ class ReliableMilvus(VectorDb):
             return
         if _is_not_loaded(error):
             with contextlib.suppress(MilvusException, grpc.RpcError):
-                client.load_collection(self.collection, timeout=self.timeout)
+                self._load(client, self.timeout)
         elif self._on_lite_file and (
             _grpc_status(error) is grpc.StatusCode.UNAVAILABLE or "Fail connecting" in str(error)
         ):
@@ -733,8 +737,29 @@ class ReliableMilvus(VectorDb):
         except MilvusStoreError:
             if wanted - self._call(self._indexed_fields):  # else another process was quicker
                 raise
-        replicas = {} if self._is_lite else {"replica_number": self.replicas}
-        self._call(lambda client, seconds: client.load_collection(self.collection, timeout=seconds, **replicas))
+        if not self._call(self._is_loaded):
+            try:
+                self._call(self._load)
+            except MilvusStoreError:
+                if not self._call(self._is_loaded):  # else another process was quicker, with another number of copies
+                    raise
+        if self.replicas and not self._is_lite:
+            found = len(self._call(lambda client, seconds: client.describe_replica(self.collection, timeout=seconds)))
+            if found != self.replicas:
+                logger.warning(
+                    f"{self.collection} is loaded with {found} copies and stays so, although replicas is "
+                    f"{self.replicas}: to change it, release the collection and load it again, while nobody searches."
+                )
+
+    def _is_loaded(self, client: MilvusClient, seconds: float) -> bool:
+        state = client.get_load_state(self.collection, timeout=seconds)["state"]
+        if state == LoadState.Loading:
+            raise MilvusException(message="not fully loaded")  # by another process: a passing error
+        return bool(state == LoadState.Loaded)
+
+    def _load(self, client: MilvusClient, seconds: float) -> None:
+        copies = {} if self._is_lite else {"replica_number": self.replicas or 1}
+        client.load_collection(self.collection, timeout=seconds, **copies)
 
     def _indexed_fields(self, client: MilvusClient, seconds: float) -> set[str]:
         indexes = client.list_indexes(self.collection, timeout=seconds)

@@ -99,8 +99,9 @@ class Balancer:
         Raises:
             ProxyError: Caddy refuses the options; it goes on as it was.
         """
-        self.config = self._write(upstreams, options)
+        text = self._write(upstreams, options)
         self._caddy("reload", "--address", f"127.0.0.1:{self._admin}")
+        self.config = text
 
     def upstreams(self) -> list[dict[str, Any]]:
         """What Caddy knows of each server: `address`, `num_requests` that run, and the `fails` that it remembers."""
@@ -130,7 +131,7 @@ class Balancer:
         before = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         self._file.write_text(text, encoding="utf-8")
         try:
-            self._caddy("adapt")  # `caddy run` ends without a word when the file is wrong
+            self._caddy("validate")  # `caddy run` ends without a word when the file is wrong
         except ProxyError:
             self._file.write_text(before, encoding="utf-8")
             raise
@@ -139,7 +140,7 @@ class Balancer:
     def _caddy(self, command: str, *arguments: str) -> None:
         """Run one of Caddy's other commands on the configuration."""
         called = [caddy_program(), command, "--config", str(self._file), "--adapter", "caddyfile", *arguments]
-        done = subprocess.run(called, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(called, capture_output=True, text=True, errors="replace", env=_environment(self._file))
         if done.returncode != 0:
             raise ProxyError(f"Caddy refuses these options: {_reason(done.stderr)}")
 
@@ -170,6 +171,11 @@ def balancer(folder: Path, upstreams: Sequence[str], options: str = "") -> Itera
         running.stop()
 
 
+def _environment(config: Path) -> dict[str, str]:
+    """Of Caddy's processes: what they store lies beside the configuration, and not in the user's home."""
+    return {**os.environ, "XDG_DATA_HOME": str(config.parent)}
+
+
 def _reason(log: str) -> str:
     """What Caddy says is wrong: the last line, which is JSON with some commands and plain text with others."""
     last = (log.strip().splitlines() or [""])[-1]
@@ -185,9 +191,8 @@ def main() -> int:
     parser.add_argument("--program", required=True)
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
-    environment = {**os.environ, "XDG_DATA_HOME": str(Path(arguments.config).parent)}
     command = [arguments.program, "run", "--config", arguments.config, "--adapter", "caddyfile"]
-    server = subprocess.Popen(command, env=environment)
+    server = subprocess.Popen(command, env=_environment(Path(arguments.config)))
     signal.signal(signal.SIGTERM, lambda *_: server.kill())
     end_with_owner(arguments.owner, server.kill)
     return server.wait()

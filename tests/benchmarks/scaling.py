@@ -1,6 +1,6 @@
 """Both layers under load, and the drills, with more points: `.venv/bin/python tests/benchmarks/scaling.py`.
 
-    (no option)     run notebook 06 with LARGE_DATA=true and print what it measured (10 minutes on two idle cores)
+    (no option)     run notebook 06 with LARGE_DATA=true and print what it measured (15 minutes on two idle cores)
     --save          store the result in data/benchmarks/scaling.json, which the notebook plots
 
 The notebook is the benchmark: its cells start the servers, put load on them and break them, and one of the last writes

@@ -6,6 +6,8 @@
     SERVICE_FOLDER        where SQLite and Milvus Lite are kept, if used (default data/local/<the service's name>)
     DATABASE_URL          postgresql+psycopg://user:password@host:port/name (default: SQLite in the folder)
     MILVUS_COLLECTION     the collection of the knowledge base (default knowledge)
+    MILVUS_REPLICAS       copies of the collection in a cluster's query nodes, when the service loads it (default one;
+                          one that is loaded already is left as it is)
     MILVUS_TIMEOUT        seconds that one request to Milvus may take, attempts included (default 10)
     OS_SECURITY_KEY       one bearer key for every route, for a back end that is trusted with all users
     JWT_VERIFICATION_KEY  checks signed tokens: one per user, with scopes, each user sees only what is theirs
@@ -50,6 +52,7 @@ class ServiceConfig:
     workers: int = 1
     database_url: str = field(default="", repr=False)
     collection: str = "knowledge"
+    milvus_replicas: int | None = None
     milvus_timeout: int = 10
     security_key: str = field(default="", repr=False)
     jwt_key: str = field(default="", repr=False)
@@ -113,6 +116,7 @@ def load_config(name: str, environment: Mapping[str, str] | None = None, env_fil
         workers=read_number(values, "SERVICE_WORKERS", 1, 1, 64),
         database_url=_database_url(values.get("DATABASE_URL", "")),
         collection=values.get("MILVUS_COLLECTION") or "knowledge",
+        milvus_replicas=read_number(values, "MILVUS_REPLICAS", 1, 1, 64) if values.get("MILVUS_REPLICAS") else None,
         milvus_timeout=read_number(values, "MILVUS_TIMEOUT", 10, 1, 600),
         security_key=values.get("OS_SECURITY_KEY", ""),
         jwt_key=values.get("JWT_VERIFICATION_KEY", "").replace("\\n", "\n"),  # a PEM key that was put on one line

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from utils.errors import CourseError
+from utils.hosting.database import DatabaseError
 from utils.models import Endpoint, Models
 
 Probe = Callable[[], Awaitable[None]]
@@ -49,10 +50,10 @@ def database_probe(engine: Engine) -> Probe:
         try:
             with engine.connect() as connection:
                 connection.execute(text("SELECT 1"))
+        except DatabaseError as error:
+            raise NotReady(str(error)) from None
         except SQLAlchemyError as error:
-            raise NotReady(
-                f"The database does not answer ({type(error).__name__}): start it, or correct DATABASE_URL."
-            ) from None
+            raise NotReady(f"The database does not answer ({type(error).__name__}).") from None
 
     return lambda: asyncio.to_thread(ask)
 

@@ -20,9 +20,11 @@ from agno.run.base import RunStatus
 from agno.run.team import TeamRunOutput
 from agno.workflow.workflow import _workflow_background_tasks
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from utils.hosting.database import note_failed_writes
 from utils.hosting.logs import get_ids, log, set_ids
 from utils.milvus_store import InvalidFilter
 
@@ -144,7 +146,7 @@ class RunStatusCodes:
         if found is None:
             await self._app(scope, receive, send)
             return
-        watch = _Watch(send, {"kind": found[1].rstrip("s"), "component_id": found[2]})
+        watch = _Watch(send, {"kind": found[1].rstrip("s"), "component_id": found[2]}, note_failed_writes())
         try:
             await self._app(scope, receive, watch.send)
         except (OutputCheckError, RuntimeError) as error:  # what a workflow raises if a step fails, or the step's agent
@@ -158,13 +160,15 @@ class RunStatusCodes:
 class _Watch:
     """What one run answers, on its way to the client."""
 
-    def __init__(self, send: Send, names: dict[str, str]) -> None:
+    def __init__(self, send: Send, names: dict[str, str], unwritten: set[str]) -> None:
         self._send = send
         self._names = names
+        self._unwritten = unwritten
         self._started = time.perf_counter()
         self._start: Message = {}
         self._body = b""
         self._run: dict[str, Any] = {}
+        self._last: Message = {}
 
     @property
     def started(self) -> bool:
@@ -186,8 +190,7 @@ class _Watch:
             if not self._is_json():
                 await self._send(message)
         elif not self._is_json():
-            self._note_event(message.get("body", b""))
-            await self._send(message)
+            await self._send_event(message)
         else:
             self._body += message.get("body", b"")
             if not message.get("more_body"):
@@ -204,6 +207,10 @@ class _Watch:
         self._run = run if isinstance(run, dict) else {}
         if self._start["status"] == 200 and self._run.get("status") == "ERROR":
             self._start["status"] = self._failure()
+        if self._is_unwritten(self._run):
+            self._run["stored"] = False
+            self._body = json.dumps(self._run).encode()
+            MutableHeaders(scope=self._start)["content-length"] = str(len(self._body))
         await self._send(self._start)
         await self._send({"type": "http.response.body", "body": self._body})
 
@@ -214,26 +221,48 @@ class _Watch:
         # Agno's sentence ends with the error's name; the filter is the caller's own.
         return 502 if not searches else 422 if searches[0].endswith(InvalidFilter.__name__) else 503
 
-    def _note_event(self, chunk: bytes) -> None:
-        """Keep the ids from a stream's first event, and what its last one says. Agno sends one event at a time."""
+    def _is_unwritten(self, run: dict[str, Any]) -> bool:
+        return bool(self._unwritten & {run.get("run_id"), run.get("session_id")})
+
+    async def _send_event(self, message: Message) -> None:
+        """Pass an event of a stream on. Agno sends one at a time.
+
+        The one that ends the run waits for what follows it: a workflow is written to the database in between.
+        """
+        if self._last:
+            last, self._last = self._last, {}
+            if self._is_unwritten(self._run):
+                self._run["stored"] = False
+                name, _, rest = last["body"].partition(b"data: ")
+                event = json.dumps({**json.loads(rest), "stored": False}).encode()
+                last["body"] = name + b"data: " + event + b"\n\n"
+            await self._send(last)
+        if self._note_event(message.get("body", b"")):
+            self._last = message
+        else:
+            await self._send(message)
+
+    def _note_event(self, chunk: bytes) -> bool:
+        """Keep the ids from a stream's first event, and what its last one says; whether this is the last one."""
         name, _, rest = chunk.partition(b"\n")
         if not name.startswith(b"event: ") or "status" in self._run:
-            return  # after a cancelled run Agno sends RunCompleted too; the first of the two is right
+            return False  # after a cancelled run Agno sends RunCompleted too; the first of the two is right
         status = _STATUS.get(name[7:].decode().removeprefix(_EVENTS[self._names["kind"]]))
         if status or not self._run:
             event = json.loads(rest.partition(b"data: ")[2])
             own, other = self._run.get("run_id"), event.get("run_id")
             if own and other and own != other:
-                return  # a team within the team
+                return False  # a team within the team
             self._run = event
             if status:
                 self._run["status"] = status
+        return status is not None
 
     def write_log(self) -> None:
         """One line for the run, however it ended; without a status if it was refused or the client went away."""
         run = self._run
         failed = run.get("status") == "ERROR"
-        (log.error if failed else log.info)(
+        (log.error if failed or "stored" in run else log.info)(
             "run",
             **self._names,
             **{name: run[name] for name in ("run_id", "session_id", "user_id") if run.get(name)},
@@ -242,6 +271,7 @@ class _Watch:
             seconds=round(time.perf_counter() - self._started, 3),
             input_tokens=_tokens(run, "input_tokens"),
             output_tokens=_tokens(run, "output_tokens"),
+            **({"stored": False} if "stored" in run else {}),
             **({"error": str(run.get("content") or run.get("error"))[:500]} if failed else {}),
         )
 

@@ -26,6 +26,9 @@ APP = "SERVICE_APP"
 ENDPOINTS = "SERVICE_ENDPOINTS"
 OWNER = "SERVICE_OWNER"
 RETRY_SECONDS = 1.0
+# Longer than load balancers keep an idle connection: nginx and AWS 60 seconds, Traefik 90, Caddy 120, Google 600. If
+# this end closed it first, as uvicorn does after 5, a request could be on its way, and the balancer would answer 502.
+KEEP_ALIVE_SECONDS = 620
 
 
 def find_models(config: ServiceConfig) -> Models:
@@ -129,6 +132,7 @@ def _uvicorn_config(app: str | Callable[[], FastAPI], config: ServiceConfig) -> 
         workers=config.workers,
         log_config=None,
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=config.shutdown_seconds,
         timeout_worker_healthcheck=60,  # a worker that still imports does not answer, and 5 seconds are soon over
     )

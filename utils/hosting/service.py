@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 
 from utils.hosting import logs
 from utils.hosting.config import ServiceConfig
+from utils.hosting.database import DatabaseError
 from utils.hosting.limits import RequestLimits
 from utils.hosting.readiness import database_probe, milvus_probe, model_probe, readiness_router
 from utils.hosting.runs import RunStatusCodes, finish_background_runs
@@ -52,6 +53,7 @@ def create_service(
     app.add_middleware(RequestLimits, limit=config.upload_limit, types=config.upload_types)
     app.add_middleware(RunStatusCodes)
     app.add_exception_handler(MilvusStoreError, _store_failed)
+    app.add_exception_handler(DatabaseError, _database_failed)
     assert knowledge.vector_db is not None
     app.include_router(
         readiness_router(
@@ -99,3 +101,9 @@ async def _store_failed(request: Request, error: Exception) -> JSONResponse:
     callers = isinstance(error, InvalidFilter | InvalidDocument | NotSupported)
     logs.log.error("store", error=str(error))
     return JSONResponse({"detail": str(error)}, 422 if callers else 503)
+
+
+async def _database_failed(request: Request, error: Exception) -> JSONResponse:
+    """The answer where PostgreSQL does not: Agno reads the session before each run, also before a stream begins."""
+    logs.log.error("database", error=str(error))
+    return JSONResponse({"detail": str(error)}, 503)

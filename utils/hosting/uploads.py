@@ -156,6 +156,7 @@ def _open_store(config: ServiceConfig, endpoints: models.Models) -> ReliableMilv
             token=config.settings.milvus_token,
             embedder=models.embedder(endpoints),
             search_type=search_type,
+            replicas=config.milvus_replicas,
             timeout=config.milvus_timeout,
         )
         store.create()

@@ -18,6 +18,7 @@ OK = "ok"
 WRONG = "wrong answer"
 TIMEOUT = "timeout"
 LIMIT = 100_000  # requests of one load; each is a task and a record in memory
+BAR = "{desc}: {n_fmt} of {total_fmt} sent{postfix}, {elapsed_s:.1f} s"
 
 
 class LoadError(CourseError):
@@ -49,6 +50,7 @@ class Request:
 
 
 Send = Callable[[int], Awaitable[str]]
+Enough = Callable[[Sequence[Request]], bool]
 
 
 def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
@@ -71,7 +73,13 @@ def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
 
 
 async def open_loop(
-    send: Send, arrivals: Sequence[float], *, timeout: float = 30.0, title: str = "", progress: bool = True
+    send: Send,
+    arrivals: Sequence[float],
+    *,
+    timeout: float = 30.0,
+    enough: Enough | None = None,
+    title: str = "load",
+    progress: bool = True,
 ) -> list[Request]:
     """Send a request at each arrival, wait for all outcomes, and return them in the order of the schedule.
 
@@ -80,8 +88,10 @@ async def open_loop(
             the name of the error's class; a CourseError and the cancellation end the load.
         arrivals: seconds from the beginning at which requests are due, in order.
         timeout: seconds that one request may take, counted from when it was sent.
+        enough: asked before each request with those that have ended, the last one last; once it says yes, no more
+            are sent.
         title: what the progress display calls the load.
-        progress: show how many were sent and how many wait; the display vanishes at the end.
+        progress: show how many were sent, wait and failed; the last state stays.
     """
     begin = time.perf_counter()
     done: list[Request] = []
@@ -99,23 +109,32 @@ async def open_loop(
             outcome = type(error).__name__
         done.append(Request(number, scheduled, started, time.perf_counter() - begin, outcome))
 
-    # On standard output, because a notebook shows standard error in red; leave=False takes it away at the end.
-    with tqdm(total=len(arrivals), desc=title, unit=" sent", leave=False, file=sys.stdout, disable=not progress) as bar:
+    # On standard output, because a notebook shows standard error in red.
+    with tqdm(total=len(arrivals), desc=title, bar_format=BAR, file=sys.stdout, disable=not progress) as bar:
         showing = asyncio.create_task(_show(bar, done))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for number, scheduled in enumerate(arrivals):
                     await asyncio.sleep(scheduled - (time.perf_counter() - begin))
+                    if enough is not None and enough(done):
+                        break
                     tasks.create_task(one(number, scheduled))
                     bar.update()
         except* CourseError as several:
             raise several.exceptions[0] from None
         finally:
             showing.cancel()
+            bar.total = bar.n
+            _set_state(bar, done)
     return sorted(done, key=lambda request: request.number)
 
 
 async def _show(bar: tqdm[NoReturn], done: Sequence[Request]) -> None:
     while True:
-        bar.set_postfix(waiting=bar.n - len(done), failed=sum(request.outcome != OK for request in done))
+        _set_state(bar, done)
         await asyncio.sleep(0.5)
+
+
+def _set_state(bar: tqdm[NoReturn], done: Sequence[Request]) -> None:
+    failed = sum(request.outcome != OK for request in done)
+    bar.set_postfix_str(f"{bar.n - len(done)} waiting, {failed} failed")

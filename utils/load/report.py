@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from utils.load.generator import OK, Request
+from utils.load.generator import OK, LoadError, Request
 
 BIN = 0.5  # seconds that an outage is measured in
 SLOW = 3.0  # so many times the usual latency is no longer service as usual
@@ -40,7 +40,8 @@ def summary(requests: Sequence[Request], begin: float, end: float) -> dict[str, 
 def timeline(requests: Sequence[Request], width: float = BIN) -> pd.DataFrame:
     """One row for each `width` seconds, its index when it begins, by when requests were due.
 
-    Columns: `answered` and `failed` requests, and the median latency `p50 ms` of all of them, failed ones included.
+    Columns: `answered` and `failed` requests, and the median latency `p50 ms` of all of them, failed ones included; of
+    two middle ones the higher, so that a server out of two that hangs is seen.
     """
     rows = pd.DataFrame(
         {
@@ -51,7 +52,13 @@ def timeline(requests: Sequence[Request], width: float = BIN) -> pd.DataFrame:
     )
     grouped = rows.groupby("second")
     answered = grouped["ok"].sum()
-    return pd.DataFrame({"answered": answered, "failed": grouped.size() - answered, "p50 ms": grouped["ms"].median()})
+    return pd.DataFrame(
+        {
+            "answered": answered,
+            "failed": grouped.size() - answered,
+            "p50 ms": grouped["ms"].quantile(interpolation="higher"),
+        }
+    )
 
 
 def outage(requests: Sequence[Request], at: float) -> float | None:
@@ -59,9 +66,15 @@ def outage(requests: Sequence[Request], at: float) -> float | None:
 
     As usual means: from then on, in every half second, no request that was due failed, and their median latency was at
     most 3 times that before `at`. None if it was not until the end.
+
+    Raises:
+        LoadError: no request was due long enough before `at` to say what is usual.
     """
     bins = timeline(requests)
-    usual = bins[bins.index < at - BIN]["p50 ms"].median()
+    before = bins[bins.index < at - BIN]
+    if before.empty:
+        raise LoadError(f"Nothing was due before second {at - BIN:g}, so nobody knows what is usual: break it later.")
+    usual = before["p50 ms"].median()
     after = bins[bins.index >= at - BIN]
     bad = after[(after["failed"] > 0) | (after["p50 ms"] > SLOW * usual)]
     if bad.empty:

@@ -80,6 +80,26 @@ class Cluster(ServerLab):
         self._remove(name).kill()
         return name
 
+    def restart_role(self, name: str, away: float = 1.0) -> None:
+        """Kill one of Milvus' processes as a crash would (SIGKILL), start it again, and wait until it is healthy.
+
+        What a query node had loaded is gone for a while, as after `kill_query_node()`.
+
+        Args:
+            name: of the process, such as "proxy"; `metrics` has them all.
+            away: seconds until it is started again.
+
+        Raises:
+            LabError: no such process runs, or it does not come up again.
+        """
+        running = [one for one in self._processes if one in self.metrics]
+        if name not in running:
+            raise LabError(f"There is no role {name!r}; the cluster has {', '.join(running)}.")
+        self._processes[name].kill()
+        time.sleep(away)
+        self._start_role(name)
+        self._wait_healthy([name])
+
     def _query_node(self, name: str | None) -> str:
         names = self.query_nodes
         if not names:

@@ -8,7 +8,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -52,6 +53,12 @@ class ServerLab(Lab):
     kind = "standalone"
     roles: Sequence[str] = ("standalone",)
     needed_bytes = 300 * 10**6
+
+    def __init__(
+        self, folder: Path, port: int | None, progress: bool, settings: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(folder, port, progress)
+        self._settings = settings or {}
 
     def start(self) -> None:
         """Start everything and wait until a write and a read succeed.
@@ -195,6 +202,8 @@ class ServerLab(Lab):
         if self._port is not None:
             ports["proxy"] = self._port
         settings = shipped_settings()
+        for name in self._settings:
+            _require_setting(settings, name)
         for role, port in ports.items():
             settings.setdefault(role, {}).update(ip="127.0.0.1", port=port)
         settings["proxy"]["internalPort"] = free_ports(1)[0]
@@ -220,6 +229,8 @@ class ServerLab(Lab):
         settings["rocksmq"]["path"] = str(self._data / "rocksmq")
 
     def _start_role(self, name: str, **environment: str) -> None:
+        # Milvus reads each setting from the environment, too, and that one wins over its file.
+        environment |= {name.upper().replace(".", "_"): value for name, value in self._settings.items()}
         environment |= {
             keeper.VARIABLE: self._lab,
             "MILVUSCONF": str(self.folder / "configs"),
@@ -263,6 +274,14 @@ class ServerLab(Lab):
     def _explained(self, error: LabError) -> LabError:
         hint = f"\nIf its data is damaged, delete {show_path(self.folder)} to start with an empty folder."
         return LabError(f"{error}{hint}") if self._reopened else error
+
+
+def _require_setting(settings: Any, name: str) -> None:
+    """Raise LabError unless `name`, with dots, is in the settings: Milvus would ignore it without a word."""
+    for part in name.split("."):
+        if not isinstance(settings, dict) or part not in settings:
+            raise LabError(f"Milvus {milvus_version()} has no setting {name!r}: its milvus.yaml has their names.")
+        settings = settings[part]
 
 
 def _answers(url: str, text: str) -> bool:
