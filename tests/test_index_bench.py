@@ -301,3 +301,12 @@ def test_a_wrong_value_is_one_sentence(
     assert command_line.main(["bench", "index", *arguments]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {sentence}") and shown.count("\n") == 1
+
+
+def test_the_stored_run_has_everything_that_the_plan_asks_for(tmp_path: Path) -> None:
+    stored = Results(ROOT / "data" / "benchmarks" / "index.json", {})
+    for rows in plan.SIZES:
+        assert run.unmeasured(stored.size(rows), options(tmp_path, kinds=()), rows) == [], rows
+        assert sum(stored.size(rows)["segment rows"]) == rows
+        for index in stored.size(rows)["indexes"].values():
+            assert index["load seconds"] > 0 and all(0 < search["recall"] <= 1 for search in index["searches"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import MISSING, Field, fields
 from html import escape
 from typing import Any
@@ -96,7 +97,7 @@ def result_text(made: Plan) -> str:
     known = {formula.name: value for formula, value in made.lines}
     lines = [f"{LAYERS[layer].format(**known):64} {cost:10,.0f} USD a month" for layer, cost in made.costs().items()]
     lines.append(f"{'Together':64} {known['total_usd']:10,.0f} USD a month")
-    return "\n".join(lines + made.warnings())
+    return "\n".join(lines + [textwrap.fill(warning, 100) for warning in made.warnings()])
 
 
 def result_html(made: Plan) -> str:
