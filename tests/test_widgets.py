@@ -82,7 +82,10 @@ def test_the_answer_grows_and_names_its_sources(console: Console) -> None:
     growing = [value.removesuffix("</p>\n</div>") for value in seen if "<p>" in value]
     assert len(growing) > 3 and all(later.startswith(former) for former, later in pairwise(growing))
     assert "canteen.md" in run.sources and '"cc-chip cc-cited">canteen.md<' in console.sources.value
-    assert (console.send_button.disabled, console.stop_button.disabled, console.error.value) == (False, True, "")
+    assert wait_for(
+        lambda: not console.send_button.disabled and console.stop_button.disabled
+    )  # a moment after the status
+    assert console.error.value == ""
 
 
 def test_the_timeline_shows_what_took_how_long(console: Console) -> None:
