@@ -24,7 +24,7 @@ from utils.bootstrap import ROOT, course_environment
 from utils.errors import CourseError
 from utils.settings import load_settings
 
-CELL_TIMEOUT = 120
+CELL_TIMEOUT = 300  # the longest cell takes 25 seconds alone, and four times as long on a busy machine
 LOCAL_CELL_TIMEOUT = 1800  # a language model on this machine reads some 100 tokens a second
 TABLE_BEGIN, TABLE_END = "<!-- path: begin (written by python3 -m utils run --save) -->", "<!-- path: end -->"
 # Everything that settings read; a learner's own keys and servers must not decide what is stored or tested.
