@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,6 +27,8 @@ POOL = {"pool_size": 10, "max_overflow": 20, "pool_pre_ping": True}
 CONNECT_SECONDS = 5
 
 _failed_writes: ContextVar[set[str] | None] = ContextVar("failed writes", default=None)
+StoredRun = RunOutput | TeamRunOutput | WorkflowRunOutput
+_stored: ContextVar[Callable[[StoredRun], None] | None] = ContextVar("stored runs", default=None)
 
 
 class DatabaseError(CourseError):
@@ -41,6 +43,11 @@ def note_failed_writes() -> set[str]:
     found: set[str] = set()
     _failed_writes.set(found)
     return found
+
+
+def note_stored_runs(tell: Callable[[StoredRun], None]) -> None:
+    """From now on call `tell` with each run that this request stores, or a task that it started."""
+    _stored.set(tell)
 
 
 @contextmanager
@@ -75,6 +82,9 @@ class _NotingWrites:
     ) -> None:
         with _noted(run.get("run_id") if isinstance(run, dict) else run.run_id):
             super().upsert_run(run, session_id, user_id, run_index)  # type: ignore[misc]
+        tell = _stored.get()
+        if tell is not None and not isinstance(run, dict):
+            tell(run)
 
 
 class NotingSqliteDb(_NotingWrites, SqliteDb):
