@@ -47,13 +47,17 @@ def main() -> None:
     """Print the two numbers that belong into recording.yml, and what they mean."""
     parser = argparse.ArgumentParser(prog="python3 -m utils.deploy.monitoring.growth")
     parser.add_argument("--file", type=Path, default=STORED, help="measurements (default: the stored runs)")
-    parser.add_argument("--ms", type=float, default=BUDGET_MS, help="median that a search may take (default %(default)s)")
+    parser.add_argument(
+        "--ms", type=float, default=BUDGET_MS, help="median that a search may take (default %(default)s)"
+    )
     parser.add_argument("--nlist", type=int, default=NLIST, help="of your index (default %(default)s)")
     parser.add_argument("--nprobe", type=int, default=NPROBE, help="of your searches (default %(default)s)")
     chosen = parser.parse_args()
     line = fit(chosen.file)
     compared = line.compared(chosen.ms)
-    print(f"{line.floor_ms:.1f} ms for a search, and {1e6 * line.ms_per_vector:.0f} ms for each million vectors compared")
+    print(
+        f"{line.floor_ms:.1f} ms for a search, and {1e6 * line.ms_per_vector:.0f} ms for each million vectors compared"
+    )
     print(f"milvus:probed_share:ratio       vector({chosen.nprobe} / {chosen.nlist})")
     print(f"milvus:compared_limit:vectors   vector({compared})")
     print(f"{chosen.ms:g} ms are reached at {compared * chosen.nlist // chosen.nprobe:,} vectors")
