@@ -109,8 +109,8 @@ def test_what_counts_runs_or_searches_wants_a_minimum_of_them() -> None:
 
 def test_every_recorded_series_is_used_and_every_used_one_is_recorded() -> None:
     recorded = {rule["record"] for rule in rules("recording.yml")}
-    text = "\n".join([*(rule["expr"] for rule in ALERTS.values()), *dashboard_expressions().values()])
-    text += "\n".join(rule["expr"] for rule in rules("recording.yml"))
+    expressions = [rule["expr"] for rule in (*rules("alerts.yml"), *rules("recording.yml"))]
+    text = "\n".join([*expressions, *dashboard_expressions().values()])
     assert set(re.findall(r"\b(?:agent|milvus):\w+:\w+", text)) == recorded
 
 

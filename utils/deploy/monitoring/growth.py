@@ -1,6 +1,6 @@
 """At how many vectors a search of IVF gets too slow: `python3 -m utils.deploy.monitoring.growth`.
 
-The number in rules/recording.yml comes from here. `--file` takes a run of your own, made by python3 -m utils bench index.
+The number in rules/recording.yml comes from here. `--file` takes a run of your own (python3 -m utils bench index).
 """
 
 from __future__ import annotations
