@@ -30,6 +30,7 @@ from monitoring_files import (
 from test_deploy import DEFAULTS, README, VARIABLE, values
 
 from utils.deploy.monitoring import growth
+from utils.index_bench.store import search_table
 
 COMPOSE = (MONITORING / "compose.yaml").read_text(encoding="utf-8")
 ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
@@ -128,7 +129,7 @@ def test_the_growth_limit_is_the_one_of_the_stored_runs() -> None:
     assert recorded("milvus:compared_limit:vectors") == f"vector({line.compared(growth.BUDGET_MS)})"
     assert recorded("milvus:probed_share:ratio") == f"vector({growth.NPROBE} / {growth.NLIST})"
     # What was measured lies on both sides of it: 1 million vectors are below the limit, 10 million above.
-    searches = growth.search_table(growth.STORED)
+    searches = search_table(growth.STORED)
     same = searches[
         (searches["kind"] == "IVF_FLAT") & (searches["nlist"] == growth.NLIST) & (searches["nprobe"] == growth.NPROBE)
     ].set_index("rows")

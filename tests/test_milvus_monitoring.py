@@ -44,11 +44,14 @@ def agent(
     with service(tmp_path_factory.mktemp("service"), environment, progress=False) as found:
         with httpx.Client(base_url=found.url, timeout=60, trust_env=False) as api:
             for name, text in (("canteen.md", CANTEEN), ("library.md", LIBRARY)):
-                sent = api.post("/knowledge/content", files={"file": (name, text)}).json()["id"]
-                status = f"/knowledge/content/{sent}/status"
-                assert wait_for(lambda path=status: api.get(path).json().get("status") == "completed")
+                upload(api, name, text)
         ask(found)
         yield found
+
+
+def upload(api: httpx.Client, name: str, text: str) -> None:
+    sent = api.post("/knowledge/content", files={"file": (name, text)}).json()["id"]
+    assert wait_for(lambda: api.get(f"/knowledge/content/{sent}/status").json().get("status") == "completed")
 
 
 def ask(found: Service, times: int = 3) -> None:
