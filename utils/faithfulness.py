@@ -9,17 +9,20 @@ it is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from agno.eval import AgentAsJudgeEval
+from agno.models.base import Model
 from numpy.typing import NDArray
 
+from utils.errors import CourseError
 from utils.offline.answers import REFUSAL
-from utils.offline.text import STOP_WORDS, Vector, markdown_sentences, stem, words_of
+from utils.offline.text import STOP_WORDS, Vector, Words, markdown_sentences, stem, words_of
 
 SUPPORTED, CONTRADICTED, NOT_FOUND = "supported", "contradicted", "not_found"
 
@@ -34,13 +37,23 @@ COPIED = 0.7  # share of a sentence's words in the order of the source: a copy, 
 CHANGED = 6  # words that a change may take the place of, or put there
 SYNONYM = 0.6  # cosine between a changed word and the one it replaces from which on they mean the same
 
+_TEXTS = r"(knowledge base|documents?|documentation|context|passages?|sources?|search results?|text)"
+_TELLS = r"(answer|contain|mention|provide|specif|state|say|cover|address|include|describe|explain|give|tell|have|hold)"
+# Only a sentence about the texts, or about the one who answers: "A backup does not contain the index" is an answer.
 _REFUSES = re.compile(
-    r"\b(do(es)? not|don't|doesn't|did not|cannot|can't|could not|is not|are not|isn't|not) (\w+ ){0,3}"
-    r"(answer|contain|mention|provide|specif|find|found|have (any )?information|say|cover|address|include|state"
-    r"|explicitly)"
-    r"|\bno (information|mention|details|documents?|relevant|specific|answer)\b"
+    rf"^(?!(if|when|unless)\b)[^.!?]*\b{_TEXTS}\b[^.!?]{{0,60}}\b(do|does|did|could)(es)?( not|n't) (\w+ ){{0,2}}{_TELLS}"
+    rf"|\bnot (\w+ )?{_TELLS}\w* (in|by) (\w+ ){{0,3}}{_TEXTS}\b"
+    r"|\b(I|we) (\w+ )?(do not|don't|did not|didn't|could not|couldn't|cannot|can't|am unable|was unable|am not able)"
+    r" (\w+ ){0,2}(know|find|answer|have|see|tell|determine)"
+    r"|(^\W*|\bthere (is|are|was|were) )no (relevant |specific |further )?(information|mention|details|answer|documents?)\b"
+    r"|\binformation (\w+ ){0,6}(is|was) not (available|found|provided|given)"
     r"|\b(unable|not possible) to (answer|find|determine)|\bI('m| am) sorry\b|" + re.escape(REFUSAL),
     re.IGNORECASE,
+)
+CRITERIA = (
+    "The input holds passages of documents, the output is one sentence of an answer. It passes only if the passages"
+    " state everything that the sentence claims. It fails if any number, unit, version, name or negation differs, or if"
+    " a part of it is not in the passages, even if that part is true or plausible. Use nothing but the passages."
 )
 # A citation stands by itself; `tags[0]`, [text](address) and everything in code marks is content.
 _CODE_OR_CITATION = re.compile(r"(`[^`\n]*`)|(?:(?<=[\s.!?])|^)[ ]*\[[\w., -]+\](?=[\s.,;:!?)]|$)", re.M)
@@ -91,6 +104,10 @@ for _left, _right in (pair.split("/") for pair in _OPPOSITES.split()):
     _OPPOSITE_OF.setdefault(stem(_right), set()).add(stem(_left))
 
 
+class JudgeError(CourseError):
+    """The judge model gave no verdict."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the sources say about one sentence of an answer.
@@ -127,11 +144,18 @@ def sentences_of(answer: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Number:
-    """A number with what it counts: kind "second", "byte", "share", or "" for anything else; `value` in that kind."""
+    """A number with what it counts: kind "second", "byte", "share", or "" for anything else.
+
+    Attributes:
+        value: in the unit of its kind; a text for a version such as 2.3.5.
+        raw: as written.
+        loose: it is the word "one", which often counts nothing.
+    """
 
     value: float | str
     kind: str
     raw: float | str
+    loose: bool = False
 
     def same(self, other: _Number) -> bool:
         """Whether both say the same; a number without a unit fits the same number with any."""
@@ -203,7 +227,7 @@ def _number(token: str, following: str) -> _Number | None:
         return _Number(raw, "", raw)
     raw *= _MULTIPLES.get(following, 1.0)
     kind, factor = _UNIT.get(following) or _UNIT.get(following.removesuffix("s")) or ("", 1.0)
-    return _Number(round(raw * factor, 9), kind, raw)
+    return _Number(round(raw * factor, 9), kind, raw, loose=raw == 1.0 and token.isalpha())
 
 
 @dataclass(frozen=True)
@@ -269,19 +293,45 @@ class LocalGrader:
         """
         if is_refusal(answer):
             return []
-        prepared = [
-            (str(source.get("name") or ""), ready)
-            for source in sources
-            if (ready := _prepare(str(source.get("name") or ""), str(source["content"])))
+        claims = sentences_of(answer)
+        best: dict[int, tuple[_Match, str]] = {}
+        for source in sources:
+            name = str(source.get("name") or "")
+            for i, match in enumerate(_best_matches(claims, _prepare(name, str(source["content"])))):
+                if i not in best or match.share > best[i][0].share:
+                    best[i] = match, name
+        return [
+            Verdict(claim, _verdict(claim, best[i][0]), round(best[i][0].share, 3), best[i][1] or None)
+            if i in best
+            else Verdict(claim, NOT_FOUND, 0.0, None)
+            for i, claim in enumerate(claims)
         ]
-        return [self._grade(sentence, prepared) for sentence in sentences_of(answer)]
 
-    def _grade(self, sentence: str, sources: Iterable[tuple[str, _Source]]) -> Verdict:
-        matches = [(match, name) for name, source in sources if (match := _best_match(sentence, source))]
-        if not matches:
-            return Verdict(sentence, NOT_FOUND, 0.0, None)
-        match, name = max(matches, key=lambda found: found[0].share)
-        return Verdict(sentence, _verdict(sentence, match), round(match.share, 3), name or None)
+
+def judge(answer: str, sources: Sequence[Mapping[str, Any]], model: Model) -> list[Verdict]:
+    """The same by a language model: one call for each sentence, so grade a sample and not every run.
+
+    The judge passes a sentence or not, so the verdicts are "supported" (score 1) and "not_found" (score 0) only.
+
+    Args:
+        answer, sources: as for `LocalGrader.grade`.
+        model: one that writes JSON by a schema; it grades, so better another than the one that answered.
+
+    Raises:
+        JudgeError: the model failed, or what it wrote is not a verdict.
+    """
+    if is_refusal(answer):
+        return []
+    passages = "\n\n".join(f"[{source.get('name') or ''}]\n{source['content']}" for source in sources)
+    evaluation = AgentAsJudgeEval(criteria=CRITERIA, model=model, telemetry=False, show_spinner=False)
+    verdicts = []
+    for sentence in sentences_of(answer):
+        result = evaluation.run(input=passages, output=sentence)
+        if result is None or not result.results:
+            raise JudgeError("The judge gave no verdict: its model must answer with JSON by a schema (see the log).")
+        passed = result.results[0].passed
+        verdicts.append(Verdict(sentence, SUPPORTED if passed else NOT_FOUND, float(passed), None))
+    return verdicts
 
 
 def _verdict(sentence: str, match: _Match) -> str:
@@ -289,22 +339,31 @@ def _verdict(sentence: str, match: _Match) -> str:
     if match.share >= COMPARABLE and (_clashes(claim, passage) or _other_word(claim, _read(match.nearest))):
         return CONTRADICTED
     missing = [number for number in claim.numbers if not any(number.same(other) for other in passage.numbers)]
-    if any(number.raw != 1.0 for number in missing) or match.share < ENOUGH:
+    if any(not number.loose for number in missing) or match.share < ENOUGH:
         return NOT_FOUND
     return SUPPORTED if match.gap <= GAP else NOT_FOUND
 
 
-def _best_match(sentence: str, source: _Source) -> _Match | None:
-    claim = words_of(sentence)
-    weights = np.where([any(c.isalpha() for c in word) for word in claim.words], claim.weights, 0.0)
-    if not weights.sum():
-        return None
-    shares = weights / weights.sum()
-    near = np.maximum.reduceat(claim.vectors @ source.vectors.T, source.starts, axis=1)
+def _best_matches(claims: Sequence[str], source: _Source | None) -> list[_Match]:
+    """The best passage of a source for each sentence; empty if there is no source or no sentence."""
+    if source is None or not claims:
+        return []
+    words = [words_of(claim) for claim in claims]
+    # All words of the answer against all words of the source at once: the multiplication is what takes time.
+    cosines = np.concatenate([one.vectors for one in words]) @ source.vectors.T
+    near = np.maximum.reduceat(cosines, source.starts, axis=1)
     near = np.clip((near - FLOOR) / (1 - FLOOR), 0.0, 1.0)
-    for i, word in enumerate(claim.words):
+    for i, word in enumerate(word for one in words for word in one.words):
         near[i, source.places.get(stem(word), [])] = 1.0
     near = np.maximum(near, CONTEXT * near.max(axis=1, keepdims=True))[:, :-1]
+    ends = np.cumsum([len(one.words) for one in words])
+    return [_best_match(one, part, source) for one, part in zip(words, np.split(near, ends[:-1]), strict=True)]
+
+
+def _best_match(claim: Words, near: Vector, source: _Source) -> _Match:
+    # Numbers are compared by a rule of their own.
+    weights = np.where([any(c.isalpha() for c in word) for word in claim.words], claim.weights, 0.0)
+    shares = weights / max(float(weights.sum()), 1e-9)
     pairs = np.maximum(near[:, :-1], near[:, 1:])
     single, pair = shares @ near, shares @ pairs
     best = int(np.argmax(single))
@@ -328,7 +387,7 @@ def _clashes(claim: _Reading, passage: _Reading) -> bool:
 def _other_number(claim: _Reading, passage: _Reading) -> bool:
     free = [number for number in passage.numbers if not any(number.same(other) for other in claim.numbers)]
     lost = [number for number in claim.numbers if not any(number.same(other) for other in passage.numbers)]
-    return any(number.raw != 1.0 and number.kind == other.kind for number in lost for other in free)
+    return any(not number.loose and number.kind == other.kind for number in lost for other in free)
 
 
 def _other_negation(claim: _Reading, passage: _Reading) -> bool:
