@@ -32,6 +32,7 @@ GAP = 12.0  # weight of a word that may be missing all the same
 COMPARABLE = 0.6  # share from which on another number or a negation is about the same thing
 FLOOR = 0.3  # cosine between two words that says nothing about their meaning
 CONTEXT = 0.7  # what a word counts that stands elsewhere in the same source
+TIE = 0.1  # weight of a number among words, whose weights are about 3 to 20
 WINDOW_GAIN = 0.08  # two source sentences are taken together if they cover so much more than the better of them
 COPIED = 0.7  # share of a sentence's words in the order of the source: a copy, so that a changed word is a change
 CHANGED = 6  # words that a change may take the place of, or put there
@@ -41,11 +42,13 @@ _TEXTS = r"(knowledge base|documents?|documentation|context|passages?|sources?|s
 _TELLS = r"(answer|contain|mention|provide|specif|state|say|cover|address|include|describe|explain|give|tell|have|hold)"
 # Only a sentence about the texts, or about the one who answers: "A backup does not contain the index" is an answer.
 _REFUSES = re.compile(
-    rf"^(?!(if|when|unless)\b)[^.!?]*\b{_TEXTS}\b[^.!?]{{0,60}}\b(do|does|did|could)(es)?( not|n't) (\w+ ){{0,2}}{_TELLS}"
-    rf"|\bnot (\w+ )?{_TELLS}\w* (in|by) (\w+ ){{0,3}}{_TEXTS}\b"
-    r"|\b(I|we) (\w+ )?(do not|don't|did not|didn't|could not|couldn't|cannot|can't|am unable|was unable|am not able)"
+    rf"^(?!(if|when|unless)\b)[^.!?]*\b{_TEXTS}\b[^.!?]{{0,60}}\b(do|does|did|could)(es)?( not|n't) (\w+ ){{0,2}}"
+    + _TELLS
+    + rf"|\bnot (\w+ )?{_TELLS}\w* (in|by) (\w+ ){{0,3}}{_TEXTS}\b"
+    r"|\b(I|we) (\w+ )?((do|did|could)( not|n't)|cannot|can't|(am|was) (unable|not able) to)"
     r" (\w+ ){0,2}(know|find|answer|have|see|tell|determine)"
-    r"|(^\W*|\bthere (is|are|was|were) )no (relevant |specific |further )?(information|mention|details|answer|documents?)\b"
+    r"|(^\W*|\bthere (is|are|was|were) )no (relevant |specific |further )?"
+    r"(information|mention|details|answer|documents?)\b"
     r"|\binformation (\w+ ){0,6}(is|was) not (available|found|provided|given)"
     r"|\b(unable|not possible) to (answer|find|determine)|\bI('m| am) sorry\b|" + re.escape(REFUSAL),
     re.IGNORECASE,
@@ -56,7 +59,7 @@ CRITERIA = (
     " a part of it is not in the passages, even if that part is true or plausible. Use nothing but the passages."
 )
 # A citation stands by itself; `tags[0]`, [text](address) and everything in code marks is content.
-_CODE_OR_CITATION = re.compile(r"(`[^`\n]*`)|(?:(?<=[\s.!?])|^)[ ]*\[[\w., -]+\](?=[\s.,;:!?)]|$)", re.M)
+_CODE_OR_CITATION = re.compile(r"(`[^`\n]*`)|(?:[ ]+|(?<=[.!?])|^)\[[\w., -]+\](?=[\s.,;:!?)]|$)", re.M)
 _ROW = re.compile(r"^(?!\s*\|)(.* \| .*)$", re.M)
 
 _TOKEN = re.compile(r"\d[\d,]*(?:\.(?:\d+|x\b))*|[A-Za-z]+(?:'t)?|[,;:.()]")
@@ -169,18 +172,16 @@ class _Reading:
     """What the rules read in a sentence, or in two.
 
     Attributes:
-        tokens: stems and numbers in order, grammar words included, marks left out.
+        tokens: stems and numbers (with their unit) in order, grammar words included, negations and marks left out.
         numbers: in order.
         negated: stems of words that a negation is about.
         plain: stems of all other words.
-        negations: how many negations there are.
     """
 
     tokens: tuple[str, ...]
     numbers: tuple[_Number, ...]
     negated: frozenset[str]
     plain: frozenset[str]
-    negations: int
 
 
 @lru_cache(maxsize=20_000)
@@ -192,18 +193,21 @@ def _read(text: str) -> _Reading:
     numbers: list[_Number] = []
     negated: set[str] = set()
     plain: set[str] = set()
-    negations = left = 0
+    left = 0  # words that the last negation still reaches
     for i, token in enumerate(raw):
         lower = token.lower()
         following = raw[i + 1].lower() if i + 1 < len(raw) else ""
+        before = _number(raw[i - 1].lower(), lower) if i else None
+        if before and (before.kind or lower in _MULTIPLES):
+            continue  # a unit, or the second word of "two hundred": read with the number
         number = _number(lower, following)
         if number:
             numbers.append(number)
-            tokens.append(str(number.raw))
+            tokens.append(f"{number.value} {number.kind}".strip())
         elif not token[0].isalpha():
             left = 0
         elif lower in _NEGATIONS or lower.endswith("n't"):
-            negations, left = negations + 1, SCOPE
+            left = SCOPE
         else:
             tokens.append(stem(lower))
             if lower in ("but", "because", "while", "so", "and"):
@@ -211,7 +215,7 @@ def _read(text: str) -> _Reading:
             elif lower not in STOP_WORDS or stem(lower) in _OPPOSITE_OF:
                 (negated if left else plain).add(stem(lower))
                 left = max(0, left - 1)
-    return _Reading(tuple(tokens), tuple(numbers), frozenset(negated), frozenset(plain - negated), negations)
+    return _Reading(tuple(tokens), tuple(numbers), frozenset(negated), frozenset(plain - negated))
 
 
 def _number(token: str, following: str) -> _Number | None:
@@ -252,8 +256,9 @@ def _prepare(name: str, content: str) -> _Source | None:
     found = [sentence for sentence in markdown_sentences(content) if words_of(sentence.text).words]
     if not found:
         return None
-    headings = " ".join(dict.fromkeys([name, *(sentence.heading for sentence in found)])) or "-"
-    words = [words_of(sentence.text) for sentence in found] + [words_of(headings)]
+    headings = " ".join(dict.fromkeys([name, *(sentence.heading for sentence in found)]))
+    words = [words_of(sentence.text) for sentence in found]
+    words.append(words_of(headings) if words_of(headings).words else words_of("document"))
     places: dict[str, list[int]] = {}
     for place, one in enumerate(words):
         for one_stem in one.stems:
@@ -357,12 +362,16 @@ def _best_matches(claims: Sequence[str], source: _Source | None) -> list[_Match]
         near[i, source.places.get(stem(word), [])] = 1.0
     near = np.maximum(near, CONTEXT * near.max(axis=1, keepdims=True))[:, :-1]
     ends = np.cumsum([len(one.words) for one in words])
-    return [_best_match(one, part, source) for one, part in zip(words, np.split(near, ends[:-1]), strict=True)]
+    parts = np.split(near, ends[:-1])
+    return [
+        _Match(claim, 1.0, 0.0, claim) if claim in source.sentences else _best_match(one, part, source)
+        for claim, one, part in zip(claims, words, parts, strict=True)
+    ]
 
 
 def _best_match(claim: Words, near: Vector, source: _Source) -> _Match:
-    # Numbers are compared by a rule of their own.
-    weights = np.where([any(c.isalpha() for c in word) for word in claim.words], claim.weights, 0.0)
+    # A number has a rule of its own, so here it only decides between sentences that are alike in their words.
+    weights = np.where([any(c.isalpha() for c in word) for word in claim.words], claim.weights, TIE)
     shares = weights / max(float(weights.sum()), 1e-9)
     pairs = np.maximum(near[:, :-1], near[:, 1:])
     single, pair = shares @ near, shares @ pairs
@@ -416,6 +425,7 @@ def _other_word(claim: _Reading, passage: _Reading) -> bool:
             old, new = (
                 [t for t in part if t not in STOP_WORDS] for part in (passage.tokens[a1:a2], claim.tokens[b1:b2])
             )
+            new = [t for t in new if not _OPPOSITE_OF.get(t, set()) & set(old)]  # these have a rule of their own
             if old and new and not set(new) <= set(old) and _differ(old, new):
                 return True
     return False
