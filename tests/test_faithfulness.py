@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.benchmarks.faithfulness import LABELS, RESULT, Pair, baseline, load_pairs, measure, shared_words
+from utils.bootstrap import ROOT
 from utils.faithfulness import CONTRADICTED, NOT_FOUND, SUPPORTED, LocalGrader, is_refusal, sentences_of
 from utils.knowledge import load_corpus
 from utils.offline.answers import REFUSAL
 from utils.offline.text import Sentence, markdown_sentences
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+from faithfulness import LABELS, RESULT, Pair, baseline, load_pairs, measure, shared_words  # noqa: E402
 
 KINDS = {
     SUPPORTED: {"verbatim", "paraphrase", "merged"},
