@@ -18,7 +18,7 @@ from utils.offline.answers import REFUSAL
 from utils.offline.text import Sentence, markdown_sentences
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-from faithfulness import LABELS, RESULT, Pair, baseline, load_pairs, measure, shared_words  # noqa: E402
+from faithfulness import LABELS, RESULT, Pair, baseline, load_pairs, measure, shared_words
 
 KINDS = {
     SUPPORTED: {"verbatim", "paraphrase", "merged"},
