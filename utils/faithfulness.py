@@ -27,9 +27,8 @@ from utils.offline.text import STOP_WORDS, Vector, Words, markdown_sentences, st
 SUPPORTED, CONTRADICTED, NOT_FOUND = "supported", "contradicted", "not_found"
 
 # Chosen on the dev split of data/faithfulness.jsonl. "Share" is of a sentence's words, each by its weight.
-ENOUGH = 0.55  # share that a source must cover to carry the sentence
+ENOUGH = 0.55  # share that a source must cover to be about the same thing
 GAP = 12.0  # weight of a word that may be missing all the same
-COMPARABLE = 0.6  # share from which on another number or a negation is about the same thing
 FLOOR = 0.3  # cosine between two words that says nothing about their meaning
 CONTEXT = 0.7  # what a word counts that stands elsewhere in the same source
 TIE = 0.1  # weight of a number among words, whose weights are about 3 to 20
@@ -276,7 +275,7 @@ class _Match:
     Attributes:
         text: one source sentence, or two in a row.
         share: share of the sentence's words that it covers, by weight, in 0..1.
-        gap: weight of the word that it lacks most; about 0 (none) to 6 (a rare one).
+        gap: weight of the word that it lacks most; 0 (it lacks none) to about 20 (a rare one).
         nearest: the one sentence that covers most.
     """
 
@@ -340,13 +339,15 @@ def judge(answer: str, sources: Sequence[Mapping[str, Any]], model: Model) -> li
 
 
 def _verdict(sentence: str, match: _Match) -> str:
+    if match.share < ENOUGH:
+        return NOT_FOUND
     claim, passage = _read(sentence), _read(match.text)
-    if match.share >= COMPARABLE and (_clashes(claim, passage) or _other_word(claim, _read(match.nearest))):
+    if _clashes(claim, passage) or _other_word(claim, _read(match.nearest)):
         return CONTRADICTED
     missing = [number for number in claim.numbers if not any(number.same(other) for other in passage.numbers)]
-    if any(not number.loose for number in missing) or match.share < ENOUGH:
+    if any(not number.loose for number in missing) or match.gap > GAP:
         return NOT_FOUND
-    return SUPPORTED if match.gap <= GAP else NOT_FOUND
+    return SUPPORTED
 
 
 def _best_matches(claims: Sequence[str], source: _Source | None) -> list[_Match]:
