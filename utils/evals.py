@@ -253,7 +253,7 @@ def load_baseline(path: Path, made_with: dict[str, str]) -> pd.DataFrame:
     return table
 
 
-def performance(agent: Agent, library: Library, question: Question) -> str:
+def performance(agent: Agent, library: Library, question: Question, mode: str) -> str:
     """One line on time and memory. Not gated: machines differ, and so does one machine from hour to hour."""
 
     def median(call: Any, memory: bool) -> tuple[float, float]:
@@ -263,7 +263,7 @@ def performance(agent: Agent, library: Library, question: Question) -> str:
         return result.median_run_time, result.median_memory_usage
 
     run, mebibytes = median(lambda: agent.run(question.question), True)
-    search, _ = median(lambda: library.search(question.question), False)
+    search, _ = median(lambda: library.search(question.question, mode=mode), False)
     return (
         f"not gated: a run takes {run:.3f} s, {run / search:.1f} times a search alone, and {mebibytes:.1f} MiB of this "
         "process's memory"
@@ -313,7 +313,7 @@ def eval_command(save: bool, baseline: str | None, questions: int | None, mode: 
         print(table.drop(columns="changed").round(3).to_string())
         for name, row in table[table.verdict == "worse"].iterrows():
             print(f"{name}, worse: {', '.join(row.changed)}")
-    print(performance(agent, library, asked[0]))
+    print(performance(agent, library, asked[0], mode))
     library.close()
     if before is not None:
         judge_comparison(table)
