@@ -1,9 +1,9 @@
 """`python3 -m utils eval`: the regression gate. It asks the assistant labelled questions and compares with a baseline.
 
-Agno's evals do the asking: `run_cases` runs each question, with ReliabilityEval (was the knowledge base searched?) and,
-where a language model can judge, AgentAsJudgeEval; AccuracyEval scores the same answers, and PerformanceEval times one
-run. Retrieval is measured on what those runs retrieved. The questions are those of the dev split: the test split stays
-unseen, so that what it says is no result of tuning.
+Each answer is examined by Agno's ReliabilityEval (was the knowledge base searched?), by its key facts and, where a
+language model can judge, by AgentAsJudgeEval and AccuracyEval; PerformanceEval times one run. Retrieval is measured on
+what the runs retrieved. The questions are those of the dev split: the test split stays unseen, so that what it says is
+no result of tuning. (Agno's `run_cases` needs an event loop of its own, which a notebook does not let it have.)
 
 Every measure is a number from 0 to 1 for each question, and larger is better. The baseline holds them all, so both
 runs are compared question by question. A measure may drop as far as chance takes it: the 95th percentile of what its
@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from agno.agent import Agent, RunOutput
-from agno.eval import AccuracyEval, Case, CaseResult, PerformanceEval, run_cases
+from agno.eval import AccuracyEval, AgentAsJudgeEval, PerformanceEval, ReliabilityEval
 from agno.knowledge.document import Document
 from agno.models.base import Model
+from agno.run.base import RunStatus
 from scipy import stats
 from tqdm import tqdm
 
@@ -85,58 +86,57 @@ def examine(agent: Agent, questions: Sequence[Question], judge: Model | None = N
     Raises:
         EvalError: a run or its search failed, which says nothing about quality.
     """
-    judged = {question.id for question in [q for q in questions if q.answerable][:JUDGED]} if judge else set()
-    cases = [
-        Case(
-            name=question.id,
-            input=question.question,
-            agent=agent,
-            expected_tool_calls=(SEARCH_TOOL,),
-            criteria=f"The answer states: {_expected(question)}" if question.id in judged else None,
-        )
-        for question in questions
-    ]
-    with tqdm(total=len(cases), desc="asking", unit=" questions", leave=False, disable=None) as bar:
-        results = run_cases(cases, judge_model=judge, on_case_end=lambda *_: bool(bar.update())).results
-    runs = {result.name: _run_of(result) for result in results}
-    table = measure({id_: _documents(run) for id_, run in runs.items()}, questions)[list(RETRIEVAL)]
+    judged = [question.id for question in questions if question.answerable][:JUDGED] if judge else []
+    found: dict[str, list[Document]] = {}
     rows: dict[str, dict[str, float]] = {}
-    for question, result in zip(questions, results, strict=True):
-        answer, refused = result.output or "", REFUSAL in (result.output or "")
-        row = {RELIABILITY: float(bool(result.reliability_passed))}
+    for question in tqdm(questions, desc="asking", unit=" questions", leave=False, disable=None):
+        run = _run(agent, question)
+        answer = str(run.content)
+        refused = REFUSAL in answer
+        found[question.id] = _documents(run)
+        row = rows[question.id] = {RELIABILITY: _searched(run)}
         if question.answerable:
-            row |= {
-                "right facts": float(not refused and question.holds_key_facts(answer)),
-                "answers": float(not refused),
-            }
+            row["right facts"] = float(not refused and question.holds_key_facts(answer))
+            row["answers"] = float(not refused)
         else:
             row["declines"] = float(refused)
         if judge and question.id in judged:
-            verdict = result.judge_passed
-            row |= {
-                "judge": np.nan if verdict is None else float(verdict),
-                "accuracy": _accuracy(question, answer, judge),
-            }
-        rows[question.id] = row
+            row["judge"], row["accuracy"] = _judge(question, answer, judge), _accuracy(question, answer, judge)
+    table = measure(found, questions)[list(RETRIEVAL)]
     return table.join(pd.DataFrame.from_dict(rows, orient="index"), how="right").round(4)
 
 
-def _expected(question: Question) -> str:
-    return "; ".join(fact.replace("|", " or ") for fact in question.key_facts)
-
-
-def _run_of(result: CaseResult) -> RunOutput:
-    # A judge that gave no verdict leaves its question unjudged; any other error ends the evaluation.
-    if not isinstance(result.response, RunOutput) or not (result.error or "judge:").startswith("judge:"):
-        raise EvalError(f"The question {result.name} could not be asked ({result.error}): run python3 -m utils doctor.")
-    if any(str(tool.result).startswith(SEARCH_ERROR) for tool in result.response.tools or []):
-        raise EvalError(f"The search for the question {result.name} failed: run python3 -m utils doctor.")
-    return result.response
+def _run(agent: Agent, question: Question) -> RunOutput:
+    run = agent.run(question.question)
+    if run.status != RunStatus.completed:
+        raise EvalError(f"The model did not answer the question {question.id}: {run.content}")
+    if any(str(tool.result).startswith(SEARCH_ERROR) for tool in run.tools or []):
+        raise EvalError(f"The search for the question {question.id} failed: run python3 -m utils doctor.")
+    return run
 
 
 def _documents(run: RunOutput) -> list[Document]:
     found = [document for references in run.references or [] for document in references.references or []]
     return [Document.from_dict(document) for document in found if isinstance(document, dict)]
+
+
+def _searched(run: RunOutput) -> float:
+    result = ReliabilityEval(
+        agent_response=run,
+        expected_tool_calls=[SEARCH_TOOL],
+        allow_additional_tool_calls=True,
+        show_spinner=False,
+        telemetry=False,
+    ).run()
+    return float(result is not None and result.eval_status == "PASSED")
+
+
+def _judge(question: Question, answer: str, judge: Model) -> float:
+    """1 or 0: whether the judge finds the key facts in the answer; NaN if it gave no verdict."""
+    graded = AgentAsJudgeEval(
+        criteria=f"The answer states: {_expected(question)}", model=judge, show_spinner=False, telemetry=False
+    ).run(input=question.question, output=answer)
+    return float(graded.results[0].passed) if graded and graded.results else np.nan
 
 
 def _accuracy(question: Question, answer: str, judge: Model) -> float:
@@ -145,6 +145,10 @@ def _accuracy(question: Question, answer: str, judge: Model) -> float:
         input=question.question, expected_output=_expected(question), model=judge, telemetry=False
     ).run_with_output(output=answer, print_summary=False, print_results=False)
     return graded.results[0].score / 10 if graded and graded.results else np.nan
+
+
+def _expected(question: Question) -> str:
+    return "; ".join(fact.replace("|", " or ") for fact in question.key_facts)
 
 
 def allowed_drop(drops: Sequence[float]) -> float:
@@ -169,16 +173,24 @@ def compare(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row a measure: questions, baseline, now, allowed drop, verdict ("ok" or "worse"), and changed: the ids of
         the questions that got worse, the largest drops first.
+
+    Raises:
+        EvalError: the baseline lacks a measure for all of these questions.
     """
-    before, now = before.align(now, join="inner")
+    known = before.reindex(index=now.index, columns=now.columns)
+    if lacking := [name for name in now.columns if known[name].isna().all()]:
+        raise EvalError(
+            f"The baseline has no {', '.join(lacking)} for these questions: store one that has with "
+            "python3 -m utils eval --save."
+        )
     rows = {}
     for name in now.columns:
-        drops = (before[name] - now[name]).dropna()
+        drops = (known[name] - now[name]).dropna()
         allowed = 0.0 if name == RELIABILITY else allowed_drop(drops.tolist())
         worse = drops[drops > 0].sort_values(ascending=False, kind="stable").index.tolist()
         verdict = "worse" if drops.mean() > allowed + 1e-9 else "ok"
         both = drops.index
-        rows[name] = (len(drops), before[name][both].mean(), now[name][both].mean(), allowed, verdict, worse)
+        rows[name] = (len(drops), known[name][both].mean(), now[name][both].mean(), allowed, verdict, worse)
     columns = ["questions", "baseline", "now", "allowed drop", "verdict", "changed"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("measure")
 
@@ -235,7 +247,7 @@ def load_baseline(path: Path, made_with: dict[str, str]) -> pd.DataFrame:
     )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        table = pd.DataFrame.from_dict(stored["scores"], orient="index", dtype=float)
+        table = pd.DataFrame(stored["scores"], dtype=float).T
         before = {name: str(stored["conditions"][name]) for name in made_with}
     except FileNotFoundError:
         raise EvalError(f"There is no baseline at {shown}: store one with {own}.") from None
