@@ -162,6 +162,12 @@ def test_a_missing_baseline_ends_the_command_before_it_asks_anything(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("questions", "documents"), [(9, None), (0, None), (None, 0), (None, -1)])
+def test_too_few_questions_or_chunks_are_one_sentence(questions: int | None, documents: int | None) -> None:
+    with pytest.raises(EvalError, match="^--questions is 10 or more, .* and --documents 1 or more"):
+        eval_command(False, None, questions, "reranked", documents)
+
+
 def test_a_stored_baseline_reads_as_it_was_and_holds_a_line_for_each_question(
     baseline: Path, table: pd.DataFrame, offline_models: Models
 ) -> None:
@@ -233,9 +239,9 @@ def test_judged_questions_get_a_verdict_and_a_score(library: Library) -> None:
 
 def test_a_baseline_without_a_measure_is_not_taken_for_a_pass() -> None:
     before, now = one("MRR", [1.0, 1.0]), one("MRR", [0.0, 0.0]).assign(judge=1.0)
-    with pytest.raises(EvalError, match="^The baseline has no judge for these questions"):
+    with pytest.raises(EvalError, match="^The baseline and this run have no judge in common: store"):
         compare(before, now)
-    with pytest.raises(EvalError, match="^The baseline has no MRR for these questions"):
+    with pytest.raises(EvalError, match="^The baseline and this run have no MRR in common: store"):
         compare(before, now[["MRR"]].rename(lambda name: f"other-{name}"))
 
 

@@ -53,6 +53,7 @@ JUDGED = 10
 LANGUAGE_MODEL_QUESTIONS = 40
 SEED = 8
 CHANCE = 0.95
+FEWEST = 10
 NAMED = 10
 
 
@@ -175,17 +176,18 @@ def compare(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
         the questions that got worse, the largest drops first.
 
     Raises:
-        EvalError: the baseline lacks a measure for all of these questions.
+        EvalError: for some measure the runs have no question in common.
     """
     known = before.reindex(index=now.index, columns=now.columns)
-    if lacking := [name for name in now.columns if known[name].isna().all()]:
+    changes = known - now
+    if lacking := [name for name in now.columns if changes[name].isna().all()]:
         raise EvalError(
-            f"The baseline has no {', '.join(lacking)} for these questions: store one that has with "
+            f"The baseline and this run have no {', '.join(lacking)} in common: store a new baseline with "
             "python3 -m utils eval --save."
         )
     rows = {}
     for name in now.columns:
-        drops = (known[name] - now[name]).dropna()
+        drops = changes[name].dropna()
         allowed = 0.0 if name == RELIABILITY else allowed_drop(drops.tolist())
         worse = drops[drops > 0].sort_values(ascending=False, kind="stable").index.tolist()
         verdict = "worse" if drops.mean() > allowed + 1e-9 else "ok"
@@ -296,6 +298,10 @@ def eval_command(save: bool, baseline: str | None, questions: int | None, mode: 
         Regression: it got worse.
         EvalError: it could not be evaluated or compared.
     """
+    if questions is not None and questions < FEWEST or documents is not None and documents < 1:
+        raise EvalError(
+            f"--questions is {FEWEST} or more, since fewer say little about quality, and --documents 1 or more."
+        )
     found = models.connect(load_settings())
     extractive = found.chat.model_id == CHAT_MODEL
     path, made_with = Path(baseline) if baseline else BASELINE, conditions(found)
