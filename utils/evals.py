@@ -38,9 +38,9 @@ from utils import lesson, models
 from utils.assistant import DOCUMENTS, Library, build_agent, open_library
 from utils.bootstrap import ROOT
 from utils.errors import CourseError
+from utils.faithfulness import is_refusal
 from utils.knowledge import Question, load_corpus, load_questions
 from utils.offline import CHAT_MODEL
-from utils.offline.answers import REFUSAL
 from utils.offline.conversation import SEARCH_ERROR
 from utils.retrieval_quality import interval, measure
 from utils.settings import load_settings
@@ -93,7 +93,7 @@ def examine(agent: Agent, questions: Sequence[Question], judge: Model | None = N
     for question in tqdm(questions, desc="asking", unit=" questions", leave=False, disable=None):
         run = _run(agent, question)
         answer = str(run.content)
-        refused = REFUSAL in answer
+        refused = is_refusal(answer)
         found[question.id] = _documents(run)
         row = rows[question.id] = {RELIABILITY: _searched(run)}
         if question.answerable:
@@ -243,10 +243,8 @@ def load_baseline(path: Path, made_with: dict[str, str]) -> pd.DataFrame:
         EvalError: there is none, it cannot be read, or it was made under other conditions; the sentence says what to
             do.
     """
-    shown, own = (
-        lesson.show_path(path),
-        "python3 -m utils eval --save" + ("" if path == BASELINE else f" --baseline {path.name}"),
-    )
+    shown = lesson.show_path(path)
+    own = "python3 -m utils eval --save" + ("" if path == BASELINE else f" --baseline {path.name}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         table = pd.DataFrame(stored["scores"], dtype=float).T
