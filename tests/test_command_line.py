@@ -53,12 +53,20 @@ def start(root: Path, *arguments: str, **environment: str) -> subprocess.Popen[s
 def test_without_a_command_the_help_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "serve", "milvus", "doctor"))
+    assert all(f"    {name} " in shown for name in ("lab", "test", "run", "ask", "eval", "serve", "milvus", "doctor"))
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["fly"], ["lab", "--port", "x"], ["run", "--every"], ["ask"], ["milvus", "big"], ["serve", "--app", "x"]],
+    [
+        ["fly"],
+        ["lab", "--port", "x"],
+        ["run", "--every"],
+        ["ask"],
+        ["milvus", "big"],
+        ["serve", "--app", "x"],
+        ["eval", "--mode", "x"],
+    ],
 )
 def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

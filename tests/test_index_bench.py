@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -278,6 +279,37 @@ def test_restart_inserts_anew(measured: tuple[Options, list[Any]]) -> None:
     anew = stored(chosen.out)
     assert anew["segment rows"] == [ROWS] and anew["insert"]["interruptions"] == 0
     assert list(anew["indexes"]) == ["FLAT"] and anew["indexes"]["FLAT"]["searches"][0]["recall"] > 0.999
+
+
+CLIENTS = """
+import numpy as np
+from utils.index_bench import measure
+
+if __name__ == "__main__":
+    with measure.clients(2, "http://127.0.0.1:1", "") as clients:
+        clients.searches_per_second("none", np.zeros((2, 4), np.float32), {}, 1, 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_clients_are_born_with_ctrl_c_held_back(tmp_path: Path) -> None:
+    """While they still import, it would print a traceback of each of them."""
+    program = tmp_path / "clients.py"
+    program.write_text(CLIENTS, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def clients() -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    try:
+        assert wait_for(lambda: len(clients()) == 2)
+        states = [Path(f"/proc/{client.pid}/status").read_text(encoding="utf-8") for client in clients()]
+    finally:
+        process.kill()
+        process.wait()
+    blocked = [int(line.split()[1], 16) for state in states for line in state.splitlines() if line.startswith("SigBlk")]
+    assert [mask >> (signal.SIGINT - 1) & 1 for mask in blocked] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: python3 -m utils lab | test | run | ask | serve | model | milvus | bench | doctor.
+"""The command line: python3 -m utils lab | test | run | ask | eval | serve | model | milvus | bench | doctor.
 
 Standard library only: everything that needs a package is imported after the environment is there.
 """
@@ -45,6 +45,18 @@ def parser() -> argparse.ArgumentParser:
 
     ask = commands.add_parser("ask", help="answer one question from data/knowledge")
     ask.add_argument("question")
+
+    gate = commands.add_parser("eval", help="measure the assistant on labelled questions; fails if it got worse")
+    gate.add_argument("--save", action="store_true", help="store the result as the baseline, instead of comparing")
+    gate.add_argument("--baseline", metavar="FILE", help="default: data/benchmarks/eval_baseline.json")
+    gate.add_argument("--questions", type=int, metavar="N", help="only so many (default: 131; 40 for language models)")
+    gate.add_argument(
+        "--mode",
+        choices=["dense", "words", "both", "reranked"],
+        default="reranked",
+        help="search by embeddings, by words (BM25), by both, or by both with a reranker (default: %(default)s)",
+    )
+    gate.add_argument("--documents", type=int, metavar="N", help="chunks that the model reads (default: as for ask)")
 
     serve = commands.add_parser("serve", help="run an assistant as a service (settings: utils/hosting/config.py)")
     serve.add_argument(
@@ -158,6 +170,10 @@ def perform(options: argparse.Namespace, rest: List[str]) -> int:
         from utils.assistant import ask_command
 
         return int(ask_command(options.question))
+    if options.command == "eval":
+        from utils.evals import eval_command
+
+        return eval_command(options.save, options.baseline, options.questions, options.mode, options.documents)
     if options.command == "serve":
         from importlib import import_module
 

@@ -190,20 +190,26 @@ class Clients:
     ) -> float:
         """Let every client search without a pause, and return how many searches ended a second, all together."""
         start = time.time() + 0.5  # by then every one of them is connected
-        jobs = [
-            self._pool.submit(
-                _search_until,
-                self._uri,
-                self._token,
-                name,
-                np.roll(queries, 37 * n, 0),
-                parameters,
-                top_k,
-                start,
-                seconds,
-            )
-            for n in range(self.count)
-        ]
+        # The pool starts its processes here. Ctrl-C reaches every process of the terminal; these inherit that it is
+        # held back, so only their owner hears of it, and ends them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            jobs = [
+                self._pool.submit(
+                    _search_until,
+                    self._uri,
+                    self._token,
+                    name,
+                    np.roll(queries, 37 * n, 0),
+                    parameters,
+                    top_k,
+                    start,
+                    seconds,
+                )
+                for n in range(self.count)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return sum(job.result() for job in jobs)
 
 
@@ -221,7 +227,6 @@ def clients(count: int, uri: str, token: str) -> Iterator[Clients]:
 
 def _start_client(owner: str) -> None:
     quiet_logs()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the owner ends these
     end_with_owner(owner, lambda: None)
 
 
