@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,10 @@ def read(*urls: str, timeout: float = 10) -> Reading:
             raise MetricsError(f"No metrics can be read at {url}: start what should answer there.") from None
         except (ValueError, KeyError):
             raise MetricsError(f"What {url} answers are no Prometheus metrics: correct the address.") from None
+        named = set(re.findall(r"^[^#{\s]+", answer.text, re.MULTILINE))
         for sample in (sample for family in families for sample in family.samples):
-            series = (sample.name, frozenset(sample.labels.items()))
+            # The parser ends the name of every counter in _total, also where the server does not; Prometheus does not.
+            name = sample.name if sample.name in named else sample.name.removesuffix("_total")
+            series = (name, frozenset(sample.labels.items()))
             values[series] = values.get(series, 0.0) + sample.value
     return Reading(time.monotonic(), values)
