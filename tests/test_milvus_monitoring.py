@@ -162,6 +162,21 @@ def test_all_rules_are_loaded_and_evaluate(prometheus: Prometheus) -> None:
     assert healths() == ["ok"] * number
 
 
+def test_limits_of_percentiles_are_bounds_of_buckets(prometheus: Prometheus) -> None:
+    # Between two bounds a percentile is a guess; at one of them it is counted.
+    expressions = {rule["record"]: rule["expr"] for rule in rules("recording.yml")}
+    limits = [
+        found
+        for rule in rules("alerts.yml")
+        for found in re.findall(r"((?:agent|milvus):\w+:p95_5m)(?:\{[^}]*\})? > ([\d.]+)", rule["expr"])
+    ]
+    assert len(limits) > 5
+    for name, limit in limits:
+        (metric,) = re.findall(r"\w+_bucket", expressions[name])
+        bounds = {float(one["metric"]["le"]) for one in prometheus.query(f"count by (le) ({metric})")}
+        assert float(limit) in bounds, f"{name} > {limit}"
+
+
 def test_a_quiet_service_on_a_quiet_cluster_alarms_nobody(prometheus: Prometheus) -> None:
     assert [alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]] == []
 
