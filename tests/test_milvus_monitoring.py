@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import yaml
-from monitoring_files import MONITORING, NEWER_MILVUS, RULES, dashboard_expressions, load, metrics_used, program, rules
+from monitoring_files import MONITORING, RULES, dashboard_expressions, load, metrics_used, program, rules
 from service_runs import stream_run
 from waiting import wait_for
 
@@ -142,9 +142,7 @@ def prometheus(
 
 def test_every_metric_of_rules_and_dashboard_exists(agent: Service, milvus_cluster: Cluster) -> None:
     def missing() -> set[str]:
-        return metrics_used().difference(
-            NEWER_MILVUS, names(f"{agent.url}{PATH}"), *map(names, milvus_cluster.metrics.values())
-        )
+        return metrics_used().difference(names(f"{agent.url}{PATH}"), *map(names, milvus_cluster.metrics.values()))
 
     # Coordinators count every few seconds.
     assert wait_for(lambda: not missing()), missing()
