@@ -16,9 +16,6 @@ from utils.bootstrap import ROOT
 
 MONITORING = ROOT / "utils" / "deploy" / "monitoring"
 RULES = MONITORING / "rules"
-# Metrics that Milvus 2.3.5, the lab's, does not have: name -> (first version, where that is written). README.md has the
-# same table; there is none so far.
-NEWER_MILVUS: dict[str, tuple[str, str]] = {}
 METRIC = re.compile(r"(?<![\w:])(?:agent|milvus|process)_\w+")
 
 

@@ -18,7 +18,6 @@ import pytest
 import yaml
 from monitoring_files import (
     MONITORING,
-    NEWER_MILVUS,
     RULES,
     dashboard,
     dashboard_expressions,
@@ -298,7 +297,7 @@ def test_the_parts_find_each_other() -> None:
     assert limiter["limit_mib"] < int(services()["otel-collector"]["mem_limit"].removesuffix("m"))
 
 
-def test_the_readme_names_files_ports_alerts_and_newer_metrics() -> None:
+def test_the_readme_names_files_ports_and_pages() -> None:
     for path in MONITORING.rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts and "secrets" not in path.parts:
             name = path.relative_to(MONITORING).as_posix()
@@ -311,5 +310,3 @@ def test_the_readme_names_files_ports_alerts_and_newer_metrics() -> None:
     pages = {name for name, alert in ALERTS.items() if alert["labels"]["severity"] == "page"}
     listed = re.search(r"(?m)^Pages: (.*)$", README)
     assert listed and set(re.findall(r"`(\w+)`", listed[1])) == pages
-    for name, (version, source) in NEWER_MILVUS.items():
-        assert f"| `{name}` | {version} | {source} |" in README

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import yaml
-from monitoring_files import MONITORING, NEWER_MILVUS, RULES, dashboard_expressions, load, metrics_used, program, rules
+from monitoring_files import MONITORING, RULES, dashboard_expressions, load, metrics_used, program, rules
 from service_runs import stream_run
 from waiting import wait_for
 
@@ -142,9 +142,7 @@ def prometheus(
 
 def test_every_metric_of_rules_and_dashboard_exists(agent: Service, milvus_cluster: Cluster) -> None:
     def missing() -> set[str]:
-        return metrics_used().difference(
-            NEWER_MILVUS, names(f"{agent.url}{PATH}"), *map(names, milvus_cluster.metrics.values())
-        )
+        return metrics_used().difference(names(f"{agent.url}{PATH}"), *map(names, milvus_cluster.metrics.values()))
 
     # Coordinators count every few seconds.
     assert wait_for(lambda: not missing()), missing()
@@ -160,6 +158,21 @@ def test_all_rules_are_loaded_and_evaluate(prometheus: Prometheus) -> None:
 
     assert wait_for(lambda: "unknown" not in healths())
     assert healths() == ["ok"] * number
+
+
+def test_limits_of_percentiles_are_bounds_of_buckets(prometheus: Prometheus) -> None:
+    # Between two bounds a percentile is a guess; at one of them it is counted.
+    expressions = {rule["record"]: rule["expr"] for rule in rules("recording.yml")}
+    limits = [
+        found
+        for rule in rules("alerts.yml")
+        for found in re.findall(r"((?:agent|milvus):\w+:p95_5m)(?:\{[^}]*\})? > ([\d.]+)", rule["expr"])
+    ]
+    assert len(limits) > 5
+    for name, limit in limits:
+        (metric,) = re.findall(r"\w+_bucket", expressions[name])
+        bounds = {float(one["metric"]["le"]) for one in prometheus.query(f"count by (le) ({metric})")}
+        assert float(limit) in bounds, f"{name} > {limit}"
 
 
 def test_a_quiet_service_on_a_quiet_cluster_alarms_nobody(prometheus: Prometheus) -> None:
