@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from utils.prometheus import MetricsError, Reading, read
 
-WINDOW = 5  # readings that one point of a line is made of, so that a line is no noise
+WINDOW = 5.0  # seconds that one point of a line is made of, so that a line is no noise
 STAGES = ("embedding", "vector_search", "context_assembly", "model_first_token", "model_rest")
 OUTCOMES = ("completed", "failed", "refused", "aborted")
 Line = Callable[[Reading], float]
@@ -79,7 +80,9 @@ class MonitoringPanel:
     def __init__(self, urls: Sequence[str], every: float = 1.0, minutes: float = 3) -> None:
         self._urls = tuple(urls)
         self._every = every
-        self._readings: deque[Reading] = deque(maxlen=max(WINDOW + 1, math.ceil(60 * minutes / every)))
+        self._readings: deque[Reading] = deque()  # of the last WINDOW seconds
+        self._points: deque[tuple[float, dict[str, float]]] = deque(maxlen=math.ceil(60 * minutes / every))
+        self._begun = 0.0
         self._marks: list[tuple[float, str]] = []
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -104,14 +107,13 @@ class MonitoringPanel:
             self._thread = None
 
     def mark(self, text: str) -> None:
-        """Draw a dotted line at the last reading, with a short text."""
-        if self._readings:
-            self._marks.append((self._readings[-1].seconds, text))
+        """Draw a dotted line at this moment, with a short text."""
+        self._marks.append((time.monotonic() - self._begun, text))
 
     def look(self) -> None:
         """Read and draw once; what cannot be read is said in the panel."""
         try:
-            self._readings.append(read(*self._urls))
+            self._take(read(*self._urls))
             self.error = ""
         except MetricsError as error:
             self.error = str(error)
@@ -120,38 +122,49 @@ class MonitoringPanel:
         self.figure().savefig(picture, format="png", dpi=80)
         self.picture.value = picture.getvalue()
 
+    def _take(self, now: Reading) -> None:
+        if not self._readings:
+            self._begun = now.seconds
+        else:
+            while len(self._readings) > 1 and now.seconds - self._readings[1].seconds >= WINDOW:
+                self._readings.popleft()
+            step = now - self._readings[0]
+            values = {name: line(step) for _, lines in PLOTS.values() for name, line in lines.items()}
+            self._points.append((now.seconds - self._begun, values))
+        self._readings.append(now)
+
     def lines(self, title: str) -> dict[str, list[tuple[float, float]]]:
         """The points of a plot, by line: seconds since the first reading, and the value; NaN where nothing happened."""
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in PLOTS[title][1]}
-        readings = list(self._readings)
-        for number in range(1, len(readings)):
-            step = readings[number] - readings[max(0, number - WINDOW)]
-            for name, line in PLOTS[title][1].items():
-                found[name].append((readings[number].seconds - readings[0].seconds, line(step)))
-        return found
+        points = list(self._points)
+        return {name: [(seconds, values[name]) for seconds, values in points] for name in PLOTS[title][1]}
 
     def figure(self) -> Figure:
         """The four plots as they are now."""
-        figure = Figure(figsize=(10, 5.4), layout="constrained")
+        figure = Figure(figsize=(10, 5.6))
         FigureCanvasAgg(figure)
+        figure.subplots_adjust(0.07, 0.09, 0.98, 0.93, wspace=0.18, hspace=0.42)
         for axes, (title, (unit, _)) in zip(figure.subplots(2, 2).flat, PLOTS.items(), strict=True):
             for name, points in self.lines(title).items():
                 axes.plot(*zip(*points, strict=True) if points else ([], []), label=name, linewidth=1.2)
-            axes.set(title=title, ylabel=unit, xlabel="seconds")
+            axes.set_title(title, pad=12)
+            axes.set(ylabel=unit, xlabel="seconds")
             if "ms" in unit:
                 axes.set_yscale("log")
+                # Powers of ten would be drawn as formulas, and matplotlib's parser of these is not made for threads.
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             elif unit == "0 to 1":
                 axes.set_ylim(-0.03, 1.03)
             self._draw_marks(axes)
-            axes.legend(fontsize="x-small", loc="upper left")
+            axes.legend(fontsize="x-small", loc="best")
         return figure
 
     def _draw_marks(self, axes: Axes) -> None:
-        for seconds, text in self._marks:
-            place = seconds - self._readings[0].seconds
-            if place >= 0:
+        oldest = self._points[0][0] if self._points else 0.0
+        for place, text in self._marks:
+            if place >= oldest:
                 axes.axvline(place, color="gray", linestyle=":", linewidth=0.8)
-                axes.annotate(text, (place, 1), xycoords=("data", "axes fraction"), fontsize=6, va="top", rotation=90)
+                axes.annotate(text, (place, 1.01), xycoords=("data", "axes fraction"), fontsize=7, ha="center")
 
     def _watch(self) -> None:
         while not self._end.is_set():

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -73,9 +74,16 @@ class Reading:
             low, below = bound, counts[bound]
         return low
 
+    @cached_property
+    def _by_name(self) -> Mapping[str, list[tuple[frozenset[tuple[str, str]], float]]]:
+        found: dict[str, list[tuple[frozenset[tuple[str, str]], float]]] = {}
+        for (name, pairs), value in self.values.items():
+            found.setdefault(name, []).append((pairs, value))
+        return found
+
     def _matching(self, name: str, labels: Mapping[str, str]) -> Iterable[tuple[dict[str, str], float]]:
-        for (sample, pairs), value in self.values.items():
-            if sample == name and labels.items() <= pairs:
+        for pairs, value in self._by_name.get(name, []):
+            if labels.items() <= pairs:
                 yield dict(pairs), value
 
 
