@@ -155,14 +155,43 @@ def test_refused_requests_are_counted_under_known_names_only(api: httpx.Client) 
     assert "nobody-knows-this" not in api.get(PATH).text
 
 
-def test_a_client_that_goes_away_is_an_aborted_run(api: httpx.Client) -> None:
-    figures = Figures(api)
-    with api.stream("POST", RUNS, data={"message": QUESTION}) as answer:
-        next(answer.iter_lines())
-    assert wait_for(
-        lambda: sum(figures.added("agent_runs_total", **AGENT, outcome=o) for o in ("aborted", "completed")) == 1
-    )
-    assert wait_for(lambda: figures.read()["agent_runs_in_progress", frozenset()] == 0)
+@pytest.mark.parametrize(
+    ("app", "path"),
+    [("knowledge_agent", RUNS), ("research_team", TEAM), ("research_team", WORKFLOW)],
+    ids=["agent", "team", "workflow"],
+)
+def test_a_stream_without_its_client_is_aborted_or_goes_on_in_the_background(
+    tmp_path: Path, milvus_lite_server: LiteServer, app: str, path: str
+) -> None:
+    _, kinds, component, _ = path.split("/")
+    labels = {"kind": kinds.rstrip("s"), "component": component}
+    with offline.start(tmp_path / "model.log", tokens_per_second=20) as server:
+        settings = {
+            **model_environment(server),
+            "MILVUS_URI": milvus_lite_server.uri,
+            "MILVUS_COLLECTION": "left_alone",
+        }
+        with service(tmp_path, settings, app=f"utils.apps.{app}", progress=False) as found, client(found) as api:
+            upload(api)
+            figures = Figures(api)
+
+            def ended() -> dict[str, float]:
+                outcomes = ("completed", "failed", "cancelled", "aborted")
+                return {o: n for o in outcomes if (n := figures.added("agent_runs_total", **labels, outcome=o))}
+
+            leave(api, path)
+            assert wait_for(ended) and ended() == {"aborted": 1}
+            leave(api, path, background="true")
+            assert wait_for(lambda: len(ended()) == 2) and ended() == {"aborted": 1, "completed": 1}
+            assert figures.read()["agent_runs_in_progress", frozenset()] == 0
+
+
+def leave(api: httpx.Client, path: str, **fields: str) -> None:
+    """Begin a stream, and go away after its first event."""
+    with api.stream("POST", path, data={"message": QUESTION, "stream": "true", **fields}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                return
 
 
 def test_with_a_dead_model_each_kind_of_run_is_a_failed_one(tmp_path: Path, milvus_lite_server: LiteServer) -> None:
@@ -194,6 +223,14 @@ def test_a_team_and_a_workflow_are_counted_with_their_members(team_api: httpx.Cl
     labels = {"kind": "workflow", "component": "research-workflow"}
     assert figures.added("agent_runs_total", **labels, outcome="completed") == 1
     assert figures.stages()["context_assembly"] == figures.stages()["vector_search"] == 1
+
+
+def test_the_answer_to_a_kept_search_is_graded_too(team_api: httpx.Client) -> None:
+    for session in ("kept", "kept"):
+        figures = Figures(team_api)
+        assert ask(team_api, TEAM, session_id=session, user_id="ann").status_code == 200
+        assert wait_for(lambda figures=figures: figures.added("agent_faithfulness_count") == 1)
+    assert figures.added("agent_searches_total", outcome="found") == 0, "it was kept"
 
 
 def test_two_workers_add_up(
