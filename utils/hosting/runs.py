@@ -285,19 +285,17 @@ class _Watch:
         """The request is over: log the run and count it, unless it goes on."""
         self._write_log()
         self._over = True
-        # It goes on in the background, or the client left its stream: then Agno stores it as cancelled, or, with
-        # background=true, goes on.
-        if self._run.get("status") == "PENDING" or (self._run.get("run_id") and "status" not in self._run):
+        # Agno numbers the events of a background run's stream, which its client may leave and come back to.
+        status = self._run.get("status")
+        if status == "PENDING" or (status is None and "event_index" in self._run):
             self._end_as_stored()
         else:
             self._count(self._run)
 
     def _end_as_stored(self) -> None:
-        stored = self._stored.get(self._run.get("run_id", ""))
-        if stored is not None:
-            run = stored.to_dict()
-            left = "status" not in self._run and run["status"] == "CANCELLED"
-            self._count({**run, "status": None} if left else run)
+        run = self._stored.get(self._run.get("run_id", ""))
+        if run is not None:
+            self._count(run.to_dict())
 
     def _count(self, run: dict[str, Any]) -> None:
         tokens = (_tokens(run, "input_tokens"), _tokens(run, "output_tokens"))
