@@ -73,16 +73,16 @@ def api(
 
 
 def trace_of(api: httpx.Client, run_id: str) -> dict[str, Any]:
-    """The trace that AgentOS shows for a run, once it is there."""
-    traces: list[dict[str, Any]] = []
+    """The trace that AgentOS shows for a run, once it is there: its own row comes first, then the last of its spans."""
+    trace: dict[str, Any] = {}
 
     def there() -> bool:
-        traces[:] = api.get("/traces", params={"run_id": run_id}).json()["data"]
-        return bool(traces)
+        for found in api.get("/traces", params={"run_id": run_id}).json()["data"]:
+            trace.update(api.get(f"/traces/{found['trace_id']}").json())
+        return bool(trace) and trace["name"] in names(trace)
 
     assert wait_for(there)
-    (found,) = traces
-    return dict(api.get(f"/traces/{found['trace_id']}").json())
+    return trace
 
 
 def spans_of(tree: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
