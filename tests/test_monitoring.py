@@ -97,7 +97,8 @@ def test_a_streamed_run_is_counted_with_its_stages_tokens_cost_and_quality(
 ) -> None:
     figures, model = Figures(api), environment["MODEL_ID"]
     metrics = stream_run(api, RUNS, QUESTION)[-1][1]["metrics"]
-    assert figures.added("agent_runs_total", **AGENT, outcome="completed") == 1
+    # The client has its last event a moment before the run is counted.
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="completed") == 1)
     assert figures.added("agent_run_seconds_count", **AGENT) == 1
     first = figures.added("agent_first_visible_token_seconds_sum", **AGENT)
     assert 0 < first <= figures.added("agent_run_seconds_sum", **AGENT)
@@ -123,7 +124,7 @@ def test_a_streamed_run_is_counted_with_its_stages_tokens_cost_and_quality(
 def test_a_run_that_does_not_stream_and_one_in_the_background_are_counted_when_they_end(api: httpx.Client) -> None:
     figures = Figures(api)
     ask(api)
-    assert figures.added("agent_runs_total", **AGENT, outcome="completed") == 1
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="completed") == 1)
     assert figures.stages()["model_first_token"] == 0 and figures.stages()["model_rest"] == 2
     found = background_run(api, RUNS, QUESTION, "monitored")
     assert found["status"] == "COMPLETED"
@@ -149,8 +150,10 @@ def test_refused_requests_are_counted_under_known_names_only(api: httpx.Client) 
     figures = Figures(api)
     assert api.post(RUNS).status_code == 422
     assert ask(api, "/agents/nobody-knows-this/runs").status_code == 404
-    assert figures.added("agent_runs_total", **AGENT, outcome="refused") == 1
-    assert figures.added("agent_runs_total", kind="agent", component="unknown", outcome="refused") == 1
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="refused") == 1)
+    assert wait_for(
+        lambda: figures.added("agent_runs_total", kind="agent", component="unknown", outcome="refused") == 1
+    )
     assert figures.added("agent_run_seconds_count", **AGENT) == 0
     assert "nobody-knows-this" not in api.get(PATH).text
 
@@ -214,6 +217,7 @@ def test_a_team_and_a_workflow_are_counted_with_their_members(team_api: httpx.Cl
     figures = Figures(team_api)
     stream_run(team_api, TEAM, QUESTION)
     labels = {"kind": "team", "component": "research-team"}
+    assert wait_for(lambda: figures.added("agent_faithfulness_count") == 1), "graded, so counted, too"
     assert figures.added("agent_runs_total", **labels, outcome="completed") == 1
     assert figures.added("agent_first_visible_token_seconds_count", **labels) == 1
     stages = figures.stages()
@@ -221,6 +225,7 @@ def test_a_team_and_a_workflow_are_counted_with_their_members(team_api: httpx.Cl
     figures = Figures(team_api)
     ask(team_api, WORKFLOW)
     labels = {"kind": "workflow", "component": "research-workflow"}
+    assert wait_for(lambda: figures.added("agent_faithfulness_count") == 1)
     assert figures.added("agent_runs_total", **labels, outcome="completed") == 1
     assert figures.stages()["context_assembly"] == figures.stages()["vector_search"] == 1
 
@@ -242,8 +247,10 @@ def test_two_workers_add_up(
             with client(found) as api:  # a connection of its own, so that either worker may take it
                 assert ask(api).status_code == 200
         with client(found) as api:
+            figures = Figures(api)
+            key = ("agent_runs_total", frozenset({**AGENT, "outcome": "completed"}.items()))
+            assert wait_for(lambda: figures.read()[key] == 12)
             read = [Figures(api).read() for _ in range(4)]
-        key = ("agent_runs_total", frozenset({**AGENT, "outcome": "completed"}.items()))
         assert {figures[key] for figures in read} == {12}
         assert {figures["agent_runs_in_progress", frozenset()] for figures in read} == {0}
 
