@@ -97,7 +97,8 @@ def test_a_streamed_run_is_counted_with_its_stages_tokens_cost_and_quality(
 ) -> None:
     figures, model = Figures(api), environment["MODEL_ID"]
     metrics = stream_run(api, RUNS, QUESTION)[-1][1]["metrics"]
-    assert figures.added("agent_runs_total", **AGENT, outcome="completed") == 1
+    # The client has its last event a moment before the run is counted.
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="completed") == 1)
     assert figures.added("agent_run_seconds_count", **AGENT) == 1
     first = figures.added("agent_first_visible_token_seconds_sum", **AGENT)
     assert 0 < first <= figures.added("agent_run_seconds_sum", **AGENT)
@@ -123,7 +124,7 @@ def test_a_streamed_run_is_counted_with_its_stages_tokens_cost_and_quality(
 def test_a_run_that_does_not_stream_and_one_in_the_background_are_counted_when_they_end(api: httpx.Client) -> None:
     figures = Figures(api)
     ask(api)
-    assert figures.added("agent_runs_total", **AGENT, outcome="completed") == 1
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="completed") == 1)
     assert figures.stages()["model_first_token"] == 0 and figures.stages()["model_rest"] == 2
     found = background_run(api, RUNS, QUESTION, "monitored")
     assert found["status"] == "COMPLETED"
@@ -149,20 +150,51 @@ def test_refused_requests_are_counted_under_known_names_only(api: httpx.Client) 
     figures = Figures(api)
     assert api.post(RUNS).status_code == 422
     assert ask(api, "/agents/nobody-knows-this/runs").status_code == 404
-    assert figures.added("agent_runs_total", **AGENT, outcome="refused") == 1
-    assert figures.added("agent_runs_total", kind="agent", component="unknown", outcome="refused") == 1
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="refused") == 1)
+    assert wait_for(
+        lambda: figures.added("agent_runs_total", kind="agent", component="unknown", outcome="refused") == 1
+    )
     assert figures.added("agent_run_seconds_count", **AGENT) == 0
     assert "nobody-knows-this" not in api.get(PATH).text
 
 
-def test_a_client_that_goes_away_is_an_aborted_run(api: httpx.Client) -> None:
-    figures = Figures(api)
-    with api.stream("POST", RUNS, data={"message": QUESTION}) as answer:
-        next(answer.iter_lines())
-    assert wait_for(
-        lambda: sum(figures.added("agent_runs_total", **AGENT, outcome=o) for o in ("aborted", "completed")) == 1
-    )
-    assert wait_for(lambda: figures.read()["agent_runs_in_progress", frozenset()] == 0)
+@pytest.mark.parametrize(
+    ("app", "path"),
+    [("knowledge_agent", RUNS), ("research_team", TEAM), ("research_team", WORKFLOW)],
+    ids=["agent", "team", "workflow"],
+)
+def test_a_stream_without_its_client_is_aborted_or_goes_on_in_the_background(
+    tmp_path: Path, milvus_lite_server: LiteServer, app: str, path: str
+) -> None:
+    _, kinds, component, _ = path.split("/")
+    labels = {"kind": kinds.rstrip("s"), "component": component}
+    with offline.start(tmp_path / "model.log", tokens_per_second=20) as server:
+        settings = {
+            **model_environment(server),
+            "MILVUS_URI": milvus_lite_server.uri,
+            "MILVUS_COLLECTION": "left_alone",
+        }
+        with service(tmp_path, settings, app=f"utils.apps.{app}", progress=False) as found, client(found) as api:
+            upload(api)
+            figures = Figures(api)
+
+            def ended() -> dict[str, float]:
+                outcomes = ("completed", "failed", "cancelled", "aborted")
+                return {o: n for o in outcomes if (n := figures.added("agent_runs_total", **labels, outcome=o))}
+
+            leave(api, path)
+            assert wait_for(ended) and ended() == {"aborted": 1}
+            leave(api, path, background="true")
+            assert wait_for(lambda: len(ended()) == 2) and ended() == {"aborted": 1, "completed": 1}
+            assert figures.read()["agent_runs_in_progress", frozenset()] == 0
+
+
+def leave(api: httpx.Client, path: str, **fields: str) -> None:
+    """Begin a stream, and go away after its first event."""
+    with api.stream("POST", path, data={"message": QUESTION, "stream": "true", **fields}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                return
 
 
 def test_with_a_dead_model_each_kind_of_run_is_a_failed_one(tmp_path: Path, milvus_lite_server: LiteServer) -> None:
@@ -185,6 +217,7 @@ def test_a_team_and_a_workflow_are_counted_with_their_members(team_api: httpx.Cl
     figures = Figures(team_api)
     stream_run(team_api, TEAM, QUESTION)
     labels = {"kind": "team", "component": "research-team"}
+    assert wait_for(lambda: figures.added("agent_faithfulness_count") == 1), "graded, so counted, too"
     assert figures.added("agent_runs_total", **labels, outcome="completed") == 1
     assert figures.added("agent_first_visible_token_seconds_count", **labels) == 1
     stages = figures.stages()
@@ -192,8 +225,17 @@ def test_a_team_and_a_workflow_are_counted_with_their_members(team_api: httpx.Cl
     figures = Figures(team_api)
     ask(team_api, WORKFLOW)
     labels = {"kind": "workflow", "component": "research-workflow"}
+    assert wait_for(lambda: figures.added("agent_faithfulness_count") == 1)
     assert figures.added("agent_runs_total", **labels, outcome="completed") == 1
     assert figures.stages()["context_assembly"] == figures.stages()["vector_search"] == 1
+
+
+def test_the_answer_to_a_kept_search_is_graded_too(team_api: httpx.Client) -> None:
+    figures = Figures(team_api)
+    for number in (1, 2):
+        assert ask(team_api, TEAM, session_id="kept", user_id="ann").status_code == 200
+        assert wait_for(lambda: figures.added("agent_faithfulness_count") == number)  # noqa: B023
+    assert figures.added("agent_searches_total", outcome="found") == 1
 
 
 def test_two_workers_add_up(
@@ -205,8 +247,10 @@ def test_two_workers_add_up(
             with client(found) as api:  # a connection of its own, so that either worker may take it
                 assert ask(api).status_code == 200
         with client(found) as api:
+            figures = Figures(api)
+            key = ("agent_runs_total", frozenset({**AGENT, "outcome": "completed"}.items()))
+            assert wait_for(lambda: figures.read()[key] == 12)
             read = [Figures(api).read() for _ in range(4)]
-        key = ("agent_runs_total", frozenset({**AGENT, "outcome": "completed"}.items()))
         assert {figures[key] for figures in read} == {12}
         assert {figures["agent_runs_in_progress", frozenset()] for figures in read} == {0}
 

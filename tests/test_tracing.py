@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,16 +73,16 @@ def api(
 
 
 def trace_of(api: httpx.Client, run_id: str) -> dict[str, Any]:
-    """The trace that AgentOS shows for a run, once it is there."""
-    traces: list[dict[str, Any]] = []
+    """The trace that AgentOS shows for a run, once it is there: its own row comes first, then the last of its spans."""
+    trace: dict[str, Any] = {}
 
     def there() -> bool:
-        traces[:] = api.get("/traces", params={"run_id": run_id}).json()["data"]
-        return bool(traces)
+        for found in api.get("/traces", params={"run_id": run_id}).json()["data"]:
+            trace.update(api.get(f"/traces/{found['trace_id']}").json())
+        return bool(trace) and trace["name"] in names(trace)
 
     assert wait_for(there)
-    (found,) = traces
-    return dict(api.get(f"/traces/{found['trace_id']}").json())
+    return trace
 
 
 def spans_of(tree: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
@@ -207,3 +209,17 @@ def test_what_waits_is_exported_at_an_orderly_end(tmp_path: Path, offline_enviro
         roots = [span for span in collector.spans if not span.parent_span_id]
         ids = {one.key: one.value.string_value for span in roots for one in span.attributes}
         assert ids["agno.run.id"] == run["run_id"]
+
+
+def test_what_the_database_does_not_take_is_counted(tmp_path: Path, offline_environment: dict[str, str]) -> None:
+    with service(tmp_path, offline_environment, progress=False) as found, client(found) as api:
+        trace_of(api, ask(api).json()["run_id"])
+        with contextlib.closing(sqlite3.connect(tmp_path / "agent.db")) as database:
+            database.execute("ALTER TABLE agno_spans RENAME TO agno_spans_away")
+        figures = Figures(api)
+        run = ask(api, message="lost-words").json()
+        assert run["status"] == "COMPLETED"
+        assert wait_for(lambda: figures.added("agent_trace_spans_dropped_total") > 0)
+        found.stop()
+    assert lines_about_traces(found) == 1
+    assert "lost-words" not in found.log_file.read_text(encoding="utf-8"), "what was asked is not for the log"

@@ -11,14 +11,16 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client import generate_latest as written
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from utils.faithfulness import LocalGrader, is_refusal
 from utils.hosting.logs import log
 
 PATH = "/metrics/prometheus"
@@ -142,7 +144,7 @@ class RunRecord:
         self._started = time.perf_counter()
         self._visible = self._ended = False
         self.sampled = sampled
-        self._documents: list[dict[str, str]] = []
+        self._sources: dict[tuple[Any, Any], Mapping[str, Any]] = {}  # by name and content
         self.after_answer = metrics.after_answers.do
         if metrics.enabled:
             IN_PROGRESS.inc()
@@ -158,11 +160,11 @@ class RunRecord:
             self._visible = True
             FIRST_VISIBLE.labels(*self._labels).observe(time.perf_counter() - self._started)
 
-    def count_search(self, documents: list[dict[str, str]] | None, scores: list[float]) -> None:
+    def count_search(self, documents: Sequence[Mapping[str, Any]] | None, scores: list[float]) -> None:
         """A search of the knowledge base ended.
 
         Args:
-            documents: what it found, as dicts with name and content; None if it failed.
+            documents: what it found, with name and content; None if it failed.
             scores: the cosine similarity of the query and each of them, as far as known.
         """
         if not self.enabled:
@@ -176,8 +178,16 @@ class RunRecord:
             BEST_SCORE.observe(max(nearest[0], 0.0))
         if len(nearest) > 1:
             SCORE_GAP.observe(nearest[0] - nearest[1])
+        self.add_sources(documents)
+
+    def add_sources(self, documents: Iterable[Mapping[str, Any]]) -> None:
+        """The model was given documents, which its answer is graded by.
+
+        Args:
+            documents: with content, and a name if they have one.
+        """
         if self.sampled:
-            self._documents += documents
+            self._sources.update({(document.get("name"), document["content"]): document for document in documents})
 
     def end(
         self, status: str | None, http_status: int | None, tokens: tuple[int | None, int | None], answer: str
@@ -207,12 +217,10 @@ class RunRecord:
             self.after_answer(lambda: self._judge(answer))
 
     def _judge(self, answer: str) -> None:
-        from utils.faithfulness import LocalGrader, is_refusal  # here, because its libraries take a moment to load
-
         if is_refusal(answer):
             REFUSALS.labels(*self._labels).inc()
-        elif self.sampled and self._documents:
-            verdicts = LocalGrader().grade(answer, self._documents)
+        elif self.sampled and self._sources:
+            verdicts = LocalGrader().grade(answer, [*self._sources.values()])
             for verdict in verdicts:
                 GRADED.labels(verdict.verdict).inc()
             if verdicts:

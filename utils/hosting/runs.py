@@ -176,7 +176,8 @@ class _Watch:
         self._names = names
         self._unwritten = unwritten
         self._record = record
-        self._stored: dict[str, StoredRun] = {}
+        self._stored: dict[str, StoredRun] = {}  # those that ended, by id
+        self._over = False
         self._started = time.perf_counter()
         self._start: Message = {}
         self._body = b""
@@ -274,27 +275,31 @@ class _Watch:
         return status is not None
 
     def note_stored(self, run: StoredRun) -> None:
-        """A run was stored: one in the background, which no answer tells of, ends with that."""
+        """A run was stored: one that goes on after its request ends with that."""
         if run.run_id and run.status.value in _STATUS.values():
             self._stored[run.run_id] = run
-            self._end_in_background()
+            if self._over:
+                self._end_as_stored()
 
-    def _end_in_background(self) -> None:
+    def finish(self) -> None:
+        """The request is over: log the run and count it, unless it goes on."""
+        self._write_log()
+        self._over = True
+        # Agno numbers the events of a background run's stream, which its client may leave and come back to.
+        status = self._run.get("status")
+        if status == "PENDING" or (status is None and "event_index" in self._run):
+            self._end_as_stored()
+        else:
+            self._count(self._run)
+
+    def _end_as_stored(self) -> None:
         run = self._stored.get(self._run.get("run_id", ""))
-        if run is not None and self._run.get("status") == "PENDING":
+        if run is not None:
             self._count(run.to_dict())
 
     def _count(self, run: dict[str, Any]) -> None:
         tokens = (_tokens(run, "input_tokens"), _tokens(run, "output_tokens"))
         self._record.end(run.get("status"), self._start.get("status"), tokens, str(run.get("content") or ""))
-
-    def finish(self) -> None:
-        """The request is over: log the run and count it, unless it goes on in the background."""
-        self._write_log()
-        if self._run.get("status") == "PENDING":
-            self._end_in_background()
-        else:
-            self._count(self._run)
 
     def _write_log(self) -> None:
         """One line for the run, however it ended; without a status if it was refused or the client went away."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from agno.knowledge.document import Document
+from agno.run import RunContext
 from agno.vectordb.search import SearchType
 from openinference.semconv.trace import DocumentAttributes, OpenInferenceSpanKindValues, SpanAttributes
 from opentelemetry.trace import Span
@@ -17,6 +18,7 @@ from opentelemetry.trace import Span
 from utils.hosting import tracing
 from utils.hosting.metrics import AGREEMENT, RunRecord, current_run
 from utils.milvus_store import FoundDocument, ReliableMilvus
+from utils.retrieval import CachedRetriever, Documents
 
 
 @dataclass
@@ -70,7 +72,7 @@ class MeasuredMilvus(ReliableMilvus):
             raise
         finally:
             _under_way.reset(token)
-        found = [{"name": document.name or "", "content": document.content} for document in documents]
+        found = [{"name": document.name, "content": document.content} for document in documents]
         run.count_search(found, [search.scores[str(doc.id)] for doc in documents if str(doc.id) in search.scores])
         self._compare_later(run, query, limit, filters, user_id)
         return documents
@@ -111,6 +113,24 @@ class MeasuredMilvus(ReliableMilvus):
         if search is not None and search.vector is not None:
             search.scores[str(document.id)] = _cosine(search.vector, hit["entity"]["vector"])
         return document
+
+
+class MeasuredRetriever(CachedRetriever):
+    """CachedRetriever that tells each run what it was given: a search that was kept is none for MeasuredMilvus."""
+
+    async def aretrieve(
+        self,
+        query: str,
+        num_documents: int | None = None,
+        filters: Any = None,
+        run_context: RunContext | None = None,
+        user_id: str | None = None,
+    ) -> Documents:
+        documents = await super().aretrieve(query, num_documents, filters, run_context, user_id)
+        run = current_run()
+        if run is not None:
+            run.add_sources([document for document in documents if isinstance(document, dict)])
+        return documents
 
 
 def _cosine(one: list[float], other: list[float]) -> float:

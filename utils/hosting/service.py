@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from agno.agent import Agent
 from agno.db.postgres import PostgresDb
@@ -16,6 +17,9 @@ from agno.team import Team
 from agno.workflow import Workflow
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from utils.hosting import logs, metrics
 from utils.hosting.config import ServiceConfig
@@ -94,8 +98,8 @@ def create_service(
         telemetry=config.settings.telemetry,
     )
     served = agent_os.get_app()
-    # Outside of what checks the key, so that a request which is refused there is counted, too.
-    served.add_middleware(
+    _add_inside_cors(
+        served,
         RunStatusCodes,
         metrics=metrics.RunMetrics(
             {
@@ -113,6 +117,12 @@ def create_service(
     finish_background_runs(served, config.shutdown_seconds)
     trace_runs(served, name, config, database)  # after it, so that it also sees how these runs end
     return served
+
+
+def _add_inside_cors(app: FastAPI, middleware: Callable[..., ASGIApp], **options: Any) -> None:
+    """Add middleware that also sees what is refused for its key, and whose own answers a browser may read."""
+    classes: list[Any] = [layer.cls for layer in app.user_middleware]
+    app.user_middleware.insert(classes.index(CORSMiddleware) + 1, Middleware(middleware, **options))
 
 
 async def _store_failed(request: Request, error: Exception) -> JSONResponse:

@@ -36,6 +36,8 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanLimits, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, SamplingResult, TraceIdRatioBased
+from opentelemetry.trace.span import TraceState
+from opentelemetry.util.types import Attributes
 from wrapt import wrap_function_wrapper
 
 from utils.hosting.config import ServiceConfig
@@ -79,10 +81,19 @@ class _RecordedAll(Sampler):
     def __init__(self, share: float) -> None:
         self._share = ParentBased(TraceIdRatioBased(share))
 
-    def should_sample(self, *args: Any, **options: Any) -> SamplingResult:
-        found = self._share.should_sample(*args, **options)
-        if found.decision is Decision.DROP:
-            return SamplingResult(Decision.RECORD_ONLY, trace_state=found.trace_state)
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: trace.SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[trace.Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        found = self._share.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+        if found.decision is Decision.DROP:  # which takes the attributes away, too
+            return SamplingResult(Decision.RECORD_ONLY, attributes, found.trace_state)
         return found
 
     def get_description(self) -> str:
