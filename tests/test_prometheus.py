@@ -132,7 +132,7 @@ def test_the_panel_shows_a_service_at_work(
             assert wait_for(lambda: any(value > 0 for _, value in panel.lines("Runs")["completed"]))
             assert wait_for(lambda: any(value > 0 for _, value in panel.lines("Latency by stage")["vector search"]))
             panel.mark("here")
-            assert panel.picture.value.startswith(b"\x89PNG")
+            assert bytes(panel.picture.value).startswith(b"\x89PNG")
             assert "completed" in text_of(panel) and panel.error == ""
         finally:
             panel.stop()
