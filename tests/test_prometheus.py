@@ -134,6 +134,7 @@ def test_the_panel_shows_a_service_at_work(
             panel.mark("here")
             assert bytes(panel.picture.value).startswith(b"\x89PNG")
             assert "completed" in text_of(panel) and panel.error == ""
+            assert wait_for(lambda: "completed" in panel.figures.value)
         finally:
             panel.stop()
     panel.look()

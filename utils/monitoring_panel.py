@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 import ipywidgets as ipw
@@ -88,8 +89,9 @@ class MonitoringPanel:
         self._thread: threading.Thread | None = None
         self.error = ""
         self.picture = ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
-        self.message = ipw.HTML()
-        self.view = ipw.VBox([self.message, self.picture])
+        self.message, self.figures = ipw.HTML(), ipw.HTML()
+        self.view = ipw.VBox([self.message, self.picture, self.figures])
+        self.view.add_class("monitoring-panel")
 
     def start(self) -> MonitoringPanel:
         """Begin to read; nothing happens if it reads already."""
@@ -117,7 +119,8 @@ class MonitoringPanel:
             self.error = ""
         except MetricsError as error:
             self.error = str(error)
-        self.message.value = f'<div role="alert">{self.error}</div>' if self.error else ""
+        self.message.value = f'<div role="alert">{escape(self.error)}</div>' if self.error else ""
+        self.figures.value = f"<pre>{escape(self._text())}</pre>"  # the picture in words
         picture = io.BytesIO()
         self.figure().savefig(picture, format="png", dpi=80)
         self.picture.value = picture.getvalue()
