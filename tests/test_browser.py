@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import nbformat
 import pytest
 from browser import CellError, Lab, NotebookPage, chromium, jupyter_lab, no_browser, open_notebook
@@ -21,6 +22,7 @@ from playwright.sync_api import Browser
 from utils.bootstrap import ROOT
 from utils.index_bench.store import search_table
 from utils.notebooks import course
+from utils.service import service
 
 TEXT = {"application/vnd.jupyter.stdout", "application/vnd.jupyter.stderr", "text/plain"}
 # What JupyterLab writes in place of an output that it cannot draw.
@@ -234,6 +236,26 @@ def test_the_slider_of_notebook_07_shows_the_stored_runs(browser: Browser, lab: 
         page.page.get_by_role("slider").press("ArrowRight")
         page.wait_for(".index-runs", re.compile(rf"10,000,000\s+{sixteen}"))
         assert page.troubles == []
+
+
+def test_the_panel_of_notebook_08_follows_a_service(
+    browser: Browser, lab: Lab, tmp_path: Path, offline_environment: dict[str, str]
+) -> None:
+    with service(tmp_path, {**offline_environment}, progress=False) as found:
+        urls = [f"{found.url}/metrics/prometheus"]
+        code = (
+            f"from utils.monitoring_panel import MonitoringPanel\n\npanel = MonitoringPanel({urls}, every=0.2).start()"
+        )
+        lab.write("panel", new_code_cell(f"{code}\npanel"))
+        with open_notebook(browser, lab, "panel") as page:
+            assert page.run_all(180) == []
+            page.wait_for(".monitoring-panel", "completed 0,")
+            form = {"message": "When does the canteen close?", "stream": "true"}
+            httpx.post(f"{found.url}/agents/knowledge-assistant/runs", data=form, timeout=60)
+            page.wait_for(".monitoring-panel", re.compile(r"completed 0\.\d"))
+            picture = page.page.locator(".monitoring-panel img")
+            assert picture.evaluate("image => image.naturalWidth") > 500
+            assert page.troubles == [] and page.too_wide() == []
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])

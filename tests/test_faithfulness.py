@@ -15,6 +15,7 @@ from utils.bootstrap import ROOT
 from utils.faithfulness import CONTRADICTED, NOT_FOUND, SUPPORTED, LocalGrader, is_refusal, sentences_of
 from utils.knowledge import load_corpus
 from utils.offline.answers import REFUSAL
+from utils.offline.engine import EMPTY
 from utils.offline.text import Sentence, markdown_sentences
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -101,6 +102,8 @@ def test_a_verdict_names_the_source_that_carries_the_sentence() -> None:
     "answer",
     [
         REFUSAL,
+        EMPTY,
+        "The knowledge base holds no document about this: upload one, then ask again.",
         "The documents do not say which port is used.",
         "The provided documents do not contain information about prices. Milvus itself is free.",
         "I'm sorry, but I cannot help with that.",

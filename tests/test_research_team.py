@@ -291,8 +291,10 @@ def test_a_dead_model_fails_every_run_until_it_is_back(parts: Parts, kind: str) 
     session_id = f"dead-model-{kind}"
     with client(parts.service) as api:
         parts.model.process.kill()
+        api.headers["Origin"] = "https://os.agno.com"
         try:
             answer = run(api, kind, session_id=session_id, user_id="ann")
+            assert answer.headers["access-control-allow-origin"] == "https://os.agno.com", "a browser may read why"
             body = answer.json()
             assert (answer.status_code, body["status"]) == (502, "ERROR") and body["content"]
             assert (body["session_id"], body["user_id"]) == (session_id, "ann") and body["run_id"]

@@ -49,6 +49,8 @@ _REFUSES = re.compile(
     r"|(^\W*|\bthere (is|are|was|were) )no (relevant |specific |further )?"
     r"(information|mention|details|answer|documents?)\b"
     r"|\binformation (\w+ ){0,6}(is|was) not (available|found|provided|given)"
+    r"|^\W*(the|your) (knowledge base|search) (is empty|(returned|found|holds?|contains?|has) no (\w+ )?"
+    r"(documents?|passages?|results?|information)\b)"
     r"|\b(unable|not possible) to (answer|find|determine)|\bI('m| am) sorry\b|" + re.escape(REFUSAL),
     re.IGNORECASE,
 )

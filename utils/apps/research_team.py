@@ -27,6 +27,7 @@ from agno.workflow import Condition, HumanReview, OnError, Step, StepInput, Step
 from fastapi import FastAPI
 
 from utils.hosting import (
+    MeasuredRetriever,
     SearchFailed,
     ServiceConfig,
     configure_logs,
@@ -41,7 +42,6 @@ from utils.hosting import (
     serve,
 )
 from utils.models import Models, chat_model
-from utils.retrieval import CachedRetriever
 
 NAME = "research-team"
 TEAM = "research-team"
@@ -62,7 +62,7 @@ SEARCH = "Before you answer, search the knowledge base once, for the user's ques
 NOTHING_FOUND = "The knowledge base holds no document about this: upload one, then ask again."
 
 
-def make_team(config: ServiceConfig, endpoints: Models, db: BaseDb, retriever: CachedRetriever) -> Team:
+def make_team(config: ServiceConfig, endpoints: Models, db: BaseDb, retriever: MeasuredRetriever) -> Team:
     """The analyst and the writer, each with the knowledge base, and a leader that asks one after the other."""
     model = chat_model(endpoints, timeout=config.model_timeout)
     searching: dict[str, Any] = {
@@ -107,7 +107,7 @@ def make_team(config: ServiceConfig, endpoints: Models, db: BaseDb, retriever: C
     )
 
 
-def make_workflow(config: ServiceConfig, endpoints: Models, db: BaseDb, retriever: CachedRetriever) -> Workflow:
+def make_workflow(config: ServiceConfig, endpoints: Models, db: BaseDb, retriever: MeasuredRetriever) -> Workflow:
     """Search; if there is nothing, say so; else the analyst, then the writer, both with the documents found."""
 
     async def search(step_input: StepInput, run_context: RunContext) -> StepOutput:
@@ -179,7 +179,7 @@ def create_app() -> FastAPI:
     endpoints = find_models(config)
     database = open_database(config, NAME)
     knowledge = open_knowledge(config, endpoints, database, NAME)
-    retriever = CachedRetriever(knowledge, version=knowledge.version)
+    retriever = MeasuredRetriever(knowledge, version=knowledge.version)
     team = make_team(config, endpoints, database, retriever)
     workflow = make_workflow(config, endpoints, database, retriever)
     return create_service(NAME, config, endpoints, database, knowledge, teams=[team], workflows=[workflow])

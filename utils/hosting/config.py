@@ -19,6 +19,25 @@
     MODEL_TIMEOUT         seconds that one call of the model may take (default 60; of the local model 600)
     SHUTDOWN_SECONDS      how long running requests may go on after SIGTERM (default 30)
     LOG_LEVEL             DEBUG, INFO, WARNING or ERROR (default INFO)
+    METRICS               false takes GET /metrics/prometheus away and measures nothing for it (default true)
+    MODEL_PRICES          what agent_cost_usd_total counts: model=usd_in/usd_out per million tokens, separated by commas
+    GRADE_SAMPLE          share of runs, 0 to 1, whose answers are graded against what was found, and whose searches are
+                          made again by vectors and by words alone, both after the answer (default 0)
+    TRACES_SAMPLE         share of runs that are traced, 0 to 1, each whole or not at all (default 1)
+    TRACES_IN_DATABASE    false keeps traces out of the service's own database, where /traces reads them (default true)
+    OTEL_EXPORTER_OTLP_ENDPOINT
+                          URL of a collector that takes OTLP over HTTP, such as http://localhost:4318 (default: none)
+
+GET /metrics/prometheus asks for no key, like /ready, so that a Prometheus in the service's network can read it with a
+plain scrape job, also where users have tokens that expire. It shows counts and ids of what is served, no user, no
+question and no answer. Keep it inside: what stands in front of the service must not pass this path on.
+
+Metrics and traces add about 2 ms to a run, 6 % of one whose model answers at once (data/benchmarks/monitoring.json, by
+tests/benchmarks/monitoring.py). Most of it is OpenInference's spans. These time the stages, too, so with
+TRACES_SAMPLE=0 a run still takes 5 % longer. Storing a trace takes another thread 4 ms.
+
+A trace holds the run's messages and documents. OPENINFERENCE_HIDE_INPUTS=true and OPENINFERENCE_HIDE_OUTPUTS=true,
+which the instrumentation reads itself, leave them out.
 
 The model and Milvus are set as everywhere in the course, see utils/settings.py.
 """
@@ -26,6 +45,7 @@ The model and Milvus are set as everywhere in the course, see utils/settings.py.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +58,7 @@ from utils.settings import Settings, SettingsError, load_settings, read_number, 
 
 READABLE_TYPES = ("md", "txt", "pdf", "csv")
 ALGORITHMS = ("HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "EdDSA")
+DECIMAL = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -63,6 +84,12 @@ class ServiceConfig:
     model_timeout: int = 60
     shutdown_seconds: int = 30
     log_level: str = "INFO"
+    metrics: bool = True
+    model_prices: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # US dollars per million tokens
+    grade_sample: float = 0.0
+    traces_sample: float = 1.0
+    traces_in_database: bool = True
+    otlp_endpoint: str = ""
 
     @property
     def url(self) -> str:
@@ -127,6 +154,14 @@ def load_config(name: str, environment: Mapping[str, str] | None = None, env_fil
         model_timeout=read_number(values, "MODEL_TIMEOUT", 600 if settings.provider == "local" else 60, 1, 3600),
         shutdown_seconds=read_number(values, "SHUTDOWN_SECONDS", 30, 0, 3600),
         log_level=(values.get("LOG_LEVEL") or "INFO").upper(),
+        metrics=read_truth({"METRICS": values.get("METRICS") or "true"}, "METRICS"),
+        model_prices=_prices(values.get("MODEL_PRICES", "")),
+        grade_sample=_share(values, "GRADE_SAMPLE", 0),
+        traces_sample=_share(values, "TRACES_SAMPLE", 1),
+        traces_in_database=read_truth(
+            {"TRACES_IN_DATABASE": values.get("TRACES_IN_DATABASE") or "true"}, "TRACES_IN_DATABASE"
+        ),
+        otlp_endpoint=_collector(values.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")),
     )
     _check(config, anonymous=read_truth(values, "ALLOW_ANONYMOUS"))
     return config
@@ -206,3 +241,36 @@ def _types(value: str) -> tuple[str, ...]:
             f"UPLOAD_TYPES holds '{unknown[0]}'; this service reads {', '.join(READABLE_TYPES)} and nothing else."
         )
     return types or READABLE_TYPES
+
+
+def _share(values: Mapping[str, str], name: str, default: float) -> float:
+    value = values.get(name) or str(default)
+    share = float(value) if re.fullmatch(DECIMAL, value) else 2.0
+    if share > 1:
+        raise SettingsError(f"{name} is '{value}'; set it to a share of the runs from 0 to 1, such as 0.1.")
+    return share
+
+
+def _prices(value: str) -> dict[str, tuple[float, float]]:
+    prices = {}
+    for entry in filter(None, (part.strip() for part in value.split(","))):
+        found = re.fullmatch(rf"(.+)=({DECIMAL})/({DECIMAL})", entry)  # a model's id may have = and / in it
+        if found is None:
+            raise SettingsError(
+                f"MODEL_PRICES holds '{entry}'; write model=usd_in/usd_out per million tokens, such as my-model=0.5/2."
+            )
+        prices[found[1].strip()] = (float(found[2]), float(found[3]))
+    return prices
+
+
+def _collector(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or parts.query
+    except ValueError:
+        wrong = True
+    if value and wrong:
+        raise SettingsError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT is '{value}', which is no URL of a collector such as http://localhost:4318."
+        )
+    return value.rstrip("/")

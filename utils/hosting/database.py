@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +14,7 @@ from agno.run.agent import RunOutput
 from agno.run.team import TeamRunOutput
 from agno.run.workflow import WorkflowRunOutput
 from agno.session import Session
+from agno.tracing.schemas import Span
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,6 +28,8 @@ POOL = {"pool_size": 10, "max_overflow": 20, "pool_pre_ping": True}
 CONNECT_SECONDS = 5
 
 _failed_writes: ContextVar[set[str] | None] = ContextVar("failed writes", default=None)
+StoredRun = RunOutput | TeamRunOutput | WorkflowRunOutput
+_stored: ContextVar[Callable[[StoredRun], None] | None] = ContextVar("stored runs", default=None)
 
 
 class DatabaseError(CourseError):
@@ -41,6 +44,11 @@ def note_failed_writes() -> set[str]:
     found: set[str] = set()
     _failed_writes.set(found)
     return found
+
+
+def note_stored_runs(tell: Callable[[StoredRun], None]) -> None:
+    """From now on call `tell` with each run that this request stores, or a task that it started, even if that fails."""
+    _stored.set(tell)
 
 
 @contextmanager
@@ -73,16 +81,33 @@ class _NotingWrites:
         user_id: str | None = None,
         run_index: int | None = None,
     ) -> None:
+        tell = _stored.get()
+        if tell is not None and not isinstance(run, dict):
+            tell(run)
         with _noted(run.get("run_id") if isinstance(run, dict) else run.run_id):
             super().upsert_run(run, session_id, user_id, run_index)  # type: ignore[misc]
 
+    def create_spans(self, spans: list[Span]) -> None:
+        """Store spans of traces, all of them or none. Agno's logs an error, the spans' texts in it, and goes on.
+
+        Raises:
+            DatabaseError: they are not stored.
+        """
+        try:
+            table = self._get_table("spans", create_table_if_not_found=True)  # type: ignore[attr-defined]
+            if spans and table is not None:
+                with self.db_engine.begin() as connection:  # type: ignore[attr-defined]
+                    connection.execute(table.insert(), [span.to_dict() for span in spans])
+        except SQLAlchemyError as error:
+            raise DatabaseError(f"The spans cannot be stored ({getattr(error, 'orig', error)}).") from None
+
 
 class NotingSqliteDb(_NotingWrites, SqliteDb):
-    """Agno's, with `note_failed_writes()`."""
+    """Agno's, with what this module adds."""
 
 
 class NotingPostgresDb(_NotingWrites, PostgresDb):
-    """Agno's, with `note_failed_writes()`."""
+    """Agno's, with what this module adds."""
 
 
 def open_database(config: ServiceConfig, name: str) -> SqliteDb | PostgresDb:

@@ -7,12 +7,15 @@ import secrets
 import sys
 import time
 from contextvars import ContextVar
+from typing import TextIO
 
 import structlog
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict
 
 log = structlog.get_logger("service")
+LINES_LOST = Counter("agent_log_lines_lost", "Log lines that could not be written, such as on a full disk.")
 # One dictionary for each request, shared by all tasks that work on it: the ids of its run are known only inside.
 _ids: ContextVar[dict[str, str | None] | None] = ContextVar("ids", default=None)
 
@@ -33,6 +36,13 @@ def _add_ids(logger: object, method: str, event: EventDict) -> EventDict:
     return {**get_ids(), **event}
 
 
+class _CountingHandler(logging.StreamHandler[TextIO]):
+    """Writes on; a line that cannot be written is counted, since the log cannot tell of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        LINES_LOST.inc()
+
+
 def configure_logs(level: str) -> None:
     """Send every logger of the process, Agno's and Uvicorn's too, through one JSON formatter.
 
@@ -46,7 +56,7 @@ def configure_logs(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _CountingHandler(sys.stdout)
     handler.setLevel(level)  # of the handler: each run of Agno sets the level of its own loggers again
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

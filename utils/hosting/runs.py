@@ -24,8 +24,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from utils.hosting.database import note_failed_writes
+from utils.hosting.database import StoredRun, note_failed_writes, note_stored_runs
 from utils.hosting.logs import get_ids, log, set_ids
+from utils.hosting.metrics import RunMetrics, RunRecord
 from utils.milvus_store import InvalidFilter
 
 RUNS = re.compile(r"/(agents|teams|workflows)/([^/]+)/runs(?:/[^/]+/continue)?/?")
@@ -35,6 +36,12 @@ SEARCH_FAILED = "The knowledge base could not be searched."
 STORE_SECONDS = 2.0  # in which a run that is cut off is stored as cancelled
 # How the events of a stream's own run begin; those of a team's members, for instance, have another prefix.
 _EVENTS = {"agent": "Run", "team": "TeamRun", "workflow": "Workflow"}
+# Those with text for the client; of a team its leader's, of a workflow those of the agents in its steps.
+_CONTENT = {
+    "agent": {b"event: RunContent"},
+    "team": {b"event: TeamRunContent"},
+    "workflow": {b"event: RunContent", b"event: TeamRunContent", b"event: WorkflowCompleted"},
+}
 _STATUS = {"Completed": "COMPLETED", "Error": "ERROR", "Cancelled": "CANCELLED", "Paused": "PAUSED"}
 
 
@@ -135,18 +142,22 @@ class RunStatusCodes:
     If what failed is the caller's own filter, it is 422. The body stays Agno's: the run with `status`, `content` (what
     went wrong) and `run_id`. For a workflow Agno has no body but 500, so these are made here. A stream has begun with
     200 before its run can fail; its last event is RunError, TeamRunError or WorkflowError. A background run is polled,
-    and says it in `status`. Every run is logged with its ids, status, seconds and tokens.
+    and says it in `status`. Every run is logged with its ids, status, seconds and tokens, and counted.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: RunMetrics | None = None) -> None:
         self._app = app
+        self._metrics = metrics or RunMetrics({}, enabled=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = RUNS.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if found is None:
             await self._app(scope, receive, send)
             return
-        watch = _Watch(send, {"kind": found[1].rstrip("s"), "component_id": found[2]}, note_failed_writes())
+        kind, component = found[1].rstrip("s"), found[2]
+        record = self._metrics.begin(kind, component)
+        watch = _Watch(send, {"kind": kind, "component_id": component}, note_failed_writes(), record)
+        note_stored_runs(watch.note_stored)
         try:
             await self._app(scope, receive, watch.send)
         except (OutputCheckError, RuntimeError) as error:  # what a workflow raises if a step fails, or the step's agent
@@ -154,16 +165,19 @@ class RunStatusCodes:
                 raise
             await watch.fail(error)(scope, receive, watch.send)
         finally:
-            watch.write_log()
+            watch.finish()
 
 
 class _Watch:
     """What one run answers, on its way to the client."""
 
-    def __init__(self, send: Send, names: dict[str, str], unwritten: set[str]) -> None:
+    def __init__(self, send: Send, names: dict[str, str], unwritten: set[str], record: RunRecord) -> None:
         self._send = send
         self._names = names
         self._unwritten = unwritten
+        self._record = record
+        self._stored: dict[str, StoredRun] = {}  # those that ended, by id
+        self._over = False
         self._started = time.perf_counter()
         self._start: Message = {}
         self._body = b""
@@ -245,6 +259,8 @@ class _Watch:
     def _note_event(self, chunk: bytes) -> bool:
         """Keep the ids from a stream's first event, and what its last one says; whether this is the last one."""
         name, _, rest = chunk.partition(b"\n")
+        if name in _CONTENT[self._names["kind"]] and json.loads(rest.partition(b"data: ")[2]).get("content"):
+            self._record.show()
         if not name.startswith(b"event: ") or "status" in self._run:
             return False  # after a cancelled run Agno sends RunCompleted too; the first of the two is right
         status = _STATUS.get(name[7:].decode().removeprefix(_EVENTS[self._names["kind"]]))
@@ -258,7 +274,34 @@ class _Watch:
                 self._run["status"] = status
         return status is not None
 
-    def write_log(self) -> None:
+    def note_stored(self, run: StoredRun) -> None:
+        """A run was stored: one that goes on after its request ends with that."""
+        if run.run_id and run.status.value in _STATUS.values():
+            self._stored[run.run_id] = run
+            if self._over:
+                self._end_as_stored()
+
+    def finish(self) -> None:
+        """The request is over: log the run and count it, unless it goes on."""
+        self._write_log()
+        self._over = True
+        # Agno numbers the events of a background run's stream, which its client may leave and come back to.
+        status = self._run.get("status")
+        if status == "PENDING" or (status is None and "event_index" in self._run):
+            self._end_as_stored()
+        else:
+            self._count(self._run)
+
+    def _end_as_stored(self) -> None:
+        run = self._stored.get(self._run.get("run_id", ""))
+        if run is not None:
+            self._count(run.to_dict())
+
+    def _count(self, run: dict[str, Any]) -> None:
+        tokens = (_tokens(run, "input_tokens"), _tokens(run, "output_tokens"))
+        self._record.end(run.get("status"), self._start.get("status"), tokens, str(run.get("content") or ""))
+
+    def _write_log(self) -> None:
         """One line for the run, however it ended; without a status if it was refused or the client went away."""
         run = self._run
         failed = run.get("status") == "ERROR"

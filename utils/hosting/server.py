@@ -8,11 +8,13 @@ import pkgutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.supervisors import Multiprocess
 
 from utils.errors import CourseError
@@ -25,6 +27,7 @@ from utils.processes import ServerError, end_with_owner, owner_mark
 APP = "SERVICE_APP"
 ENDPOINTS = "SERVICE_ENDPOINTS"
 OWNER = "SERVICE_OWNER"
+COUNTS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own: where the workers put their counts together
 RETRY_SECONDS = 1.0
 # Longer than load balancers keep an idle connection: nginx and AWS 60 seconds, Traefik 90, Caddy 120, Google 600. If
 # this end closed it first, as uvicorn does after 5, a request could be on its way, and the balancer would answer 502.
@@ -76,9 +79,10 @@ def run_service(factory: str, config: ServiceConfig) -> int:
     else:
         # Workers that start together on an empty database would race to create its tables; this start creates them.
         asyncio.run(_start_and_stop(app))
-        os.environ.update({APP: factory, OWNER: owner_mark()})
-        supervisor = Multiprocess(_uvicorn_config("utils.hosting.server:worker_app", config), sockets=[listener])
-        supervisor.run()
+        with tempfile.TemporaryDirectory(prefix="metrics-", ignore_cleanup_errors=True) as counts:
+            os.environ.update({APP: factory, OWNER: owner_mark(), COUNTS: counts})
+            supervisor = _Workers(_uvicorn_config("utils.hosting.server:worker_app", config), sockets=[listener])
+            supervisor.run()
         # A worker that is told to end while it still starts is ended by the signal, which is no failure.
         if any((process.exitcode or 0) > 0 for process in supervisor.processes):
             raise ServerError("A worker process failed; its log lines say why.")
@@ -118,6 +122,16 @@ def worker_app() -> FastAPI:
         except CourseError as error:
             logs.log.error("waiting", error=str(error))
             time.sleep(RETRY_SECONDS)
+
+
+class _Workers(Multiprocess):
+    """Uvicorn's, which also takes the runs of a worker that died out of those in progress."""
+
+    def keep_subprocess_alive(self) -> None:
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            mark_process_dead(pid, os.environ[COUNTS])  # type: ignore[no-untyped-call]
 
 
 def terminate() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from agno.agent import Agent
 from agno.db.postgres import PostgresDb
@@ -16,17 +17,21 @@ from agno.team import Team
 from agno.workflow import Workflow
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
-from utils.hosting import logs
+from utils.hosting import logs, metrics
 from utils.hosting.config import ServiceConfig
 from utils.hosting.database import DatabaseError
 from utils.hosting.limits import RequestLimits
 from utils.hosting.readiness import database_probe, milvus_probe, model_probe, readiness_router
 from utils.hosting.runs import RunStatusCodes, finish_background_runs
+from utils.hosting.tracing import trace_runs
 from utils.milvus_store import InvalidDocument, InvalidFilter, MilvusStoreError, NotSupported
 from utils.models import Models
 
-PUBLIC = ["/ready"]  # besides Agno's own: /, /health, /info and the description of the API
+PUBLIC = ["/ready", metrics.PATH]  # besides Agno's own: /, /health, /info and the description of the API
 
 
 def create_service(
@@ -49,9 +54,9 @@ def create_service(
         knowledge: the knowledge base, with a vector store.
         agents, teams, workflows: what is served.
     """
-    app = FastAPI(title=name, version="1.0.0")
+    # FastAPI's own span of the request would be the root, and a trace is stored with what its root knows.
+    app = FastAPI(title=name, version="1.0.0", telemetry={"tracing": False})
     app.add_middleware(RequestLimits, limit=config.upload_limit, types=config.upload_types)
-    app.add_middleware(RunStatusCodes)
     app.add_exception_handler(MilvusStoreError, _store_failed)
     app.add_exception_handler(DatabaseError, _database_failed)
     assert knowledge.vector_db is not None
@@ -64,6 +69,8 @@ def create_service(
             }
         )
     )
+    if config.metrics:
+        app.include_router(metrics.metrics_router())
     jwt = (
         Authorization(
             verification_keys=[config.jwt_key],
@@ -91,9 +98,31 @@ def create_service(
         telemetry=config.settings.telemetry,
     )
     served = agent_os.get_app()
+    _add_inside_cors(
+        served,
+        RunStatusCodes,
+        metrics=metrics.RunMetrics(
+            {
+                "agent": {str(agent.id) for agent in agents},
+                "team": {str(team.id) for team in teams},
+                "workflow": {str(workflow.id) for workflow in workflows},
+            },
+            models.chat.model_id,
+            config.model_prices,
+            config.grade_sample,
+            config.metrics,
+        ),
+    )
     served.add_middleware(logs.AccessLog)
     finish_background_runs(served, config.shutdown_seconds)
+    trace_runs(served, name, config, database)  # after it, so that it also sees how these runs end
     return served
+
+
+def _add_inside_cors(app: FastAPI, middleware: Callable[..., ASGIApp], **options: Any) -> None:
+    """Add middleware that also sees what is refused for its key, and whose own answers a browser may read."""
+    classes: list[Any] = [layer.cls for layer in app.user_middleware]
+    app.user_middleware.insert(classes.index(CORSMiddleware) + 1, Middleware(middleware, **options))
 
 
 async def _store_failed(request: Request, error: Exception) -> JSONResponse:

@@ -23,6 +23,7 @@ from utils import models
 from utils.errors import CourseError
 from utils.hosting.config import ServiceConfig
 from utils.hosting.logs import log
+from utils.hosting.search import MeasuredMilvus
 from utils.knowledge import SectionChunking
 from utils.milvus_store import MilvusStoreError, NotSupported, ReliableMilvus
 
@@ -150,7 +151,7 @@ def _open_store(config: ServiceConfig, endpoints: models.Models) -> ReliableMilv
     """The collection for words (BM25) and vectors; on a server before Milvus 2.5 for vectors."""
 
     def opened(search_type: SearchType) -> ReliableMilvus:
-        store = ReliableMilvus(
+        store = MeasuredMilvus(
             config.collection,
             uri=config.milvus_uri,
             token=config.settings.milvus_token,
