@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 from monitoring_files import MONITORING, RULES, dashboard_expressions, load, metrics_used, program, rules
+from pymilvus import MilvusClient
 from service_runs import stream_run
 from waiting import wait_for
 
@@ -32,7 +33,7 @@ EMPTY = re.compile("offset 1w|agent_retriever_agreement|agent:retriever_agreemen
 def agent(
     tmp_path_factory: pytest.TempPathFactory, milvus_cluster: Cluster, offline_environment: dict[str, str]
 ) -> Iterator[Service]:
-    """The service on the cluster, after some runs."""
+    """The service on the cluster, after some runs, and an insert by somebody else; the service itself upserts."""
     environment = {
         **offline_environment,
         "MILVUS_URI": milvus_cluster.uri,
@@ -46,7 +47,12 @@ def agent(
             for name, text in (("canteen.md", CANTEEN), ("library.md", LIBRARY)):
                 upload(api, name, text)
         ask(found)
+        client = MilvusClient(milvus_cluster.uri, token=milvus_cluster.token)
+        client.create_collection("somebody_elses", dimension=2)
+        client.insert("somebody_elses", [{"id": 1, "vector": [1.0, 0.0]}])
         yield found
+        client.drop_collection("somebody_elses")
+        client.close()
 
 
 def upload(api: httpx.Client, name: str, text: str) -> None:

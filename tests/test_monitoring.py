@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from service_runs import background_run, stream_run
 from waiting import wait_for
 
 from utils import offline
+from utils.bootstrap import ROOT
 from utils.hosting.metrics import PATH, STAGES
 from utils.milvus_lab.lite import LiteServer
 from utils.offline import OfflineServer
@@ -144,6 +148,23 @@ def test_what_finds_nothing_is_empty_and_its_answer_a_refusal(tmp_path: Path, en
         assert figures.added("agent_retrieved_documents_sum") == figures.added("agent_best_score_count") == 0
         assert wait_for(lambda: figures.added("agent_refusals_total", **AGENT) == 1)
         assert figures.added("agent_faithfulness_count") == 0
+
+
+def test_a_filter_that_cannot_be_is_the_callers_fault_and_no_failure(api: httpx.Client) -> None:
+    figures = Figures(api)
+    assert ask(api, knowledge_filters=json.dumps({"name": {"no": "value"}})).status_code == 422
+    assert wait_for(lambda: figures.added("agent_runs_total", **AGENT, outcome="refused") == 1)
+    assert figures.added("agent_runs_total", **AGENT, outcome="failed") == 0
+    assert figures.added("agent_searches_total", outcome="failed") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
+def test_log_lines_that_a_full_disk_refuses_are_counted() -> None:
+    code = "from utils.hosting.logs import LINES_LOST, configure_logs, log\nimport sys\nconfigure_logs('INFO')\n"
+    code += "for _ in range(3):\n    log.info('run')\nprint(LINES_LOST.collect()[0].samples[0].value, file=sys.stderr)"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert float(done.stderr.splitlines()[0]) == 3, "and nothing is raised"
 
 
 def test_refused_requests_are_counted_under_known_names_only(api: httpx.Client) -> None:

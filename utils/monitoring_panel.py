@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from utils.prometheus import MetricsError, Reading, read
 
-WINDOW = 5.0  # seconds that one point of a line is made of, so that a line is no noise
+WINDOW = 3.0  # seconds that one point of a line is made of, so that a line is no noise
 STAGES = ("embedding", "vector_search", "context_assembly", "model_first_token", "model_rest")
 OUTCOMES = ("completed", "failed", "refused", "aborted")
 Line = Callable[[Reading], float]

@@ -204,7 +204,7 @@ class RunRecord:
             return
         self._ended = True
         IN_PROGRESS.dec()
-        outcome = _OUTCOMES.get(status or "") or _without_run(http_status)
+        outcome = _outcome(status, http_status)
         RUNS.labels(*self._labels, outcome).inc()
         if outcome != "refused":
             RUN_SECONDS.labels(*self._labels).observe(time.perf_counter() - self._started)
@@ -228,11 +228,13 @@ class RunRecord:
                 FAITHFULNESS.observe(supported / len(verdicts))
 
 
-def _without_run(http_status: int | None) -> str:
-    """The outcome of a request that shows no end of a run."""
-    if http_status is None or http_status < 400:
-        return "aborted"
-    return "refused" if http_status < 500 else "failed"
+def _outcome(status: str | None, http_status: int | None) -> str:
+    """What became of a request for a run. What the caller is to blame for, such as an own filter, is no failure."""
+    if http_status is not None and 400 <= http_status < 500:
+        return "refused"
+    if status in _OUTCOMES:
+        return _OUTCOMES[status]
+    return "failed" if http_status is not None and http_status >= 500 else "aborted"
 
 
 class _AfterAnswers:
