@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import threading
 import time
 from collections import deque
@@ -184,5 +185,5 @@ class MonitoringPanel:
         for title, (unit, _) in PLOTS.items():
             last = {name: points[-1][1] for name, points in self.lines(title).items() if points}
             shown = ", ".join(f"{name} {value:.3g}" for name, value in last.items() if not math.isnan(value))
-            rows.append(f"{title} ({unit}): {shown or 'nothing yet'}")
+            rows.append(textwrap.fill(f"{title} ({unit}): {shown or 'nothing yet'}", 100, subsequent_indent="    "))
         return "\n".join(rows)
