@@ -13,6 +13,7 @@ import yaml
 from monitoring_files import MONITORING, RULES, dashboard_expressions, load, metrics_used, program, rules
 from pymilvus import MilvusClient
 from service_runs import stream_run
+from test_monitoring import CANTEEN, QUESTION, RUNS, upload
 from waiting import wait_for
 
 from utils.hosting.metrics import PATH
@@ -22,8 +23,6 @@ from utils.service import Service, service
 if TYPE_CHECKING:
     from utils.milvus_lab.distributed import Cluster
 
-RUNS = "/agents/knowledge-assistant/runs"
-CANTEEN = "# Canteen\n\nThe canteen closes at 14:30 on Fridays."
 LIBRARY = "# Library\n\nThe library of the canteen opens at 9:00 on Fridays."
 # What the lab cannot show: its Milvus has no BM25, and last week it did not run.
 EMPTY = re.compile("offset 1w|agent_retriever_agreement|agent:retriever_agreement")
@@ -55,15 +54,10 @@ def agent(
         client.close()
 
 
-def upload(api: httpx.Client, name: str, text: str) -> None:
-    sent = api.post("/knowledge/content", files={"file": (name, text)}).json()["id"]
-    assert wait_for(lambda: api.get(f"/knowledge/content/{sent}/status").json().get("status") == "completed")
-
-
 def ask(found: Service, times: int = 3) -> None:
     with httpx.Client(base_url=found.url, timeout=60, trust_env=False) as api:
         for _ in range(times):
-            stream_run(api, RUNS, "When does the canteen close on Fridays?")
+            stream_run(api, RUNS, QUESTION)
 
 
 def names(url: str) -> set[str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from waiting import wait_for
+from web_servers import QuietHandler, serving
 
 from utils.milvus_lab.lite import LiteServer
 from utils.monitoring_panel import PLOTS, MonitoringPanel
@@ -33,25 +33,18 @@ class Endpoint(ThreadingHTTPServer):
         self.text = generate_latest(registry).decode()
 
 
-class _Answers(BaseHTTPRequestHandler):
+class _Answers(QuietHandler):
     def do_GET(self) -> None:
         assert isinstance(self.server, Endpoint)
         self.send_response(self.server.status)
         self.end_headers()
         self.wfile.write(self.server.text.encode())
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing, where the base class writes a line."""
-
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    with Endpoint() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving(Endpoint()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_difference_is_what_happened_in_between(endpoint: Endpoint) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from service_runs import background_run, stream_run
 from test_monitoring import AGENT, QUESTION, RUNS, TEAM, WORKFLOW, Figures, ask, client, upload
 from waiting import wait_for
+from web_servers import QuietHandler, serving
 
 from utils.service import Service, service
 
@@ -32,7 +31,7 @@ class Collector(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class _Receiver(BaseHTTPRequestHandler):
+class _Receiver(QuietHandler):
     def do_POST(self) -> None:
         request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
         assert isinstance(self.server, Collector) and self.path == "/v1/traces"
@@ -42,23 +41,10 @@ class _Receiver(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing, where the base class writes a line."""
-
-
-@contextmanager
-def collecting() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    with collecting() as server:
+    with serving(Collector()) as server:
         yield server
 
 
@@ -168,7 +154,7 @@ def test_members_of_a_team_and_steps_of_a_workflow_are_spans(
 def test_what_is_not_sampled_is_not_exported_and_the_metrics_are_complete(
     tmp_path: Path, offline_environment: dict[str, str]
 ) -> None:
-    with collecting() as collector:
+    with serving(Collector()) as collector:
         settings = {**offline_environment, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "TRACES_SAMPLE": "0"}
         with service(tmp_path, settings, progress=False) as found, client(found) as api:
             figures = Figures(api)
@@ -201,7 +187,7 @@ def lines_about_traces(found: Service) -> int:
 
 
 def test_what_waits_is_exported_at_an_orderly_end(tmp_path: Path, offline_environment: dict[str, str]) -> None:
-    with collecting() as collector:
+    with serving(Collector()) as collector:
         settings = {**offline_environment, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
         with service(tmp_path, settings, progress=False) as found, client(found) as api:
             run = ask(api).json()

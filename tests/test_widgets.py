@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from agno.team import Team
 from agno.workflow import Step, Workflow
 from offline_messages import PORT_QUESTION, PORTS
 from waiting import wait_for
+from web_servers import QuietHandler, serving
 
 from utils.knowledge import CORPUS
 from utils.offline import CHAT_MODEL, OfflineServer
@@ -322,7 +323,7 @@ def test_a_run_that_fails_says_why(guarded: Service) -> None:
 # A server that misbehaves
 
 
-class Misbehaving(BaseHTTPRequestHandler):
+class Misbehaving(QuietHandler):
     """Answers with the bytes that the test wants."""
 
     reply: tuple[int, str, str] = (200, "application/json", "{}")
@@ -344,20 +345,16 @@ class Misbehaving(BaseHTTPRequestHandler):
 
     do_POST = do_DELETE = do_GET
 
-    def log_message(self, *_: object) -> None: ...
-
 
 @pytest.fixture
 def misbehaving() -> Iterator[type[Misbehaving]]:
     class Handler(Misbehaving):
         pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         Handler.url = f"http://127.0.0.1:{server.server_port}"
         yield Handler
         Handler.hangs = False
-        server.shutdown()
 
 
 EVENT = 'event: {0}\ndata: {{"event": "{0}", "run_id": "r", "content": {1}}}\n\n'
