@@ -14,7 +14,6 @@ from typing import Any
 
 import ipywidgets as ipw
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.prometheus import MetricsError, Reading, read
@@ -33,14 +32,6 @@ def _mean_ms(name: str, unit_ms: float, **labels: str) -> Line:
     return lambda step: unit_ms * step.mean(name, **labels)
 
 
-def _share(part: str, whole: str, **labels: str) -> Line:
-    def share(step: Reading) -> float:
-        of = step.total(whole, **labels)
-        return step.total(part) / of if of else math.nan
-
-    return share
-
-
 # Title, unit and lines of each plot: the three views, and below them the layer that searches.
 PLOTS: dict[str, tuple[str, dict[str, Line]]] = {
     "Runs": ("runs/s", {name: _per_second("agent_runs_total", outcome=name) for name in OUTCOMES}),
@@ -53,7 +44,9 @@ PLOTS: dict[str, tuple[str, dict[str, Line]]] = {
         {
             "best score": lambda step: step.mean("agent_best_score"),
             "faithful sentences": lambda step: step.mean("agent_faithfulness"),
-            "refused to answer": _share("agent_refusals_total", "agent_runs_total", outcome="completed"),
+            "refused to answer": lambda step: (
+                step.total("agent_refusals_total") / (step.total("agent_runs_total", outcome="completed") or math.nan)
+            ),
         },
     ),
     "Milvus": (
@@ -84,7 +77,7 @@ class MonitoringPanel:
         self._every = every
         self._readings: deque[Reading] = deque()  # of the last WINDOW seconds
         self._points: deque[tuple[float, dict[str, float]]] = deque(maxlen=math.ceil(60 * minutes / every))
-        self._begun = 0.0
+        self._begun = time.monotonic()
         self._marks: list[tuple[float, str]] = []
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -127,9 +120,7 @@ class MonitoringPanel:
         self.picture.value = picture.getvalue()
 
     def _take(self, now: Reading) -> None:
-        if not self._readings:
-            self._begun = now.seconds
-        else:
+        if self._readings:
             while len(self._readings) > 1 and now.seconds - self._readings[1].seconds >= WINDOW:
                 self._readings.popleft()
             step = now - self._readings[0]
@@ -138,14 +129,13 @@ class MonitoringPanel:
         self._readings.append(now)
 
     def lines(self, title: str) -> dict[str, list[tuple[float, float]]]:
-        """The points of a plot, by line: seconds since the first reading, and the value; NaN where nothing happened."""
+        """The points of a plot, by line: seconds since the panel was made, and value; NaN where nothing happened."""
         points = list(self._points)
         return {name: [(seconds, values[name]) for seconds, values in points] for name in PLOTS[title][1]}
 
     def figure(self) -> Figure:
         """The four plots as they are now."""
         figure = Figure(figsize=(10, 5.6))
-        FigureCanvasAgg(figure)
         figure.subplots_adjust(0.07, 0.09, 0.98, 0.93, wspace=0.18, hspace=0.42)
         for axes, (title, (unit, _)) in zip(figure.subplots(2, 2).flat, PLOTS.items(), strict=True):
             for name, points in self.lines(title).items():
@@ -181,9 +171,9 @@ class MonitoringPanel:
 
     def _text(self) -> str:
         """The last point of each line."""
-        rows = []
-        for title, (unit, _) in PLOTS.items():
-            last = {name: points[-1][1] for name, points in self.lines(title).items() if points}
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in last.items() if not math.isnan(value))
+        rows, last = [], self._points[-1][1] if self._points else {}
+        for title, (unit, lines) in PLOTS.items():
+            values = {name: last.get(name, math.nan) for name in lines}
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if not math.isnan(value))
             rows.append(textwrap.fill(f"{title} ({unit}): {shown or 'nothing yet'}", 100, subsequent_indent="    "))
         return "\n".join(rows)
