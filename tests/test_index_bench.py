@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import _skip_without_server
 from pymilvus import MilvusClient
-from waiting import gone, wait_for
+from waiting import gone, named, wait_for
 
 from utils import __main__ as command_line
 from utils import bootstrap
@@ -299,8 +299,7 @@ def test_clients_are_born_with_ctrl_c_held_back(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, str(program)], env={**os.environ, "PYTHONPATH": str(ROOT)})
 
     def clients() -> list[psutil.Process]:
-        children = psutil.Process(process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return named(psutil.Process(process.pid).children(), "spawn_main")
 
     try:
         assert wait_for(lambda: len(clients()) == 2)

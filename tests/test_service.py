@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import psycopg
 import pytest
 from conftest import model_environment
 from pymilvus import MilvusClient
-from waiting import gone, wait_for
+from waiting import gone, named, wait_for
 
 from utils import offline
 from utils.bootstrap import ROOT
@@ -331,12 +331,7 @@ def pair(
 
 def workers(found: Service) -> list[psutil.Process]:
     """The processes that serve."""
-    serving = []
-    for child in psutil.Process(found.process.pid).children():
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie
-            if "spawn_main" in " ".join(child.cmdline()):
-                serving.append(child)
-    return serving
+    return named(psutil.Process(found.process.pid).children(), "spawn_main")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

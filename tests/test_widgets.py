@@ -27,7 +27,7 @@ from agno.os import AgentOS
 from agno.team import Team
 from agno.workflow import Step, Workflow
 from offline_messages import PORT_QUESTION, PORTS
-from waiting import wait_for
+from waiting import named, wait_for
 from web_servers import QuietHandler, serving
 
 from utils.knowledge import CORPUS
@@ -311,7 +311,7 @@ def test_a_run_that_fails_says_why(guarded: Service) -> None:
     """Runs last on this service: its model is gone afterwards."""
     with opened(guarded.url, token=token("agents:*:run", "sessions:read")) as console:
         assert console.client.run("Hello?", "s")["status"] == "COMPLETED"
-        model = next(p for p in psutil.Process(guarded.process.pid).children(True) if "utils.offline" in p.cmdline())
+        model = named(psutil.Process(guarded.process.pid).children(recursive=True), "utils.offline")[0]
         model.kill()
         with pytest.raises(ServiceError, match=r"The run failed \(.*onnection.*\): look into the service's log"):
             console.ask("Hello?")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -27,6 +28,16 @@ def gone(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def named(processes: Iterable[psutil.Process], word: str) -> list[psutil.Process]:
+    """Those whose command line holds the word and that have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # also a zombie
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 async def answered_meanwhile(url: str, posts: Sequence[tuple[str, dict[str, Any]]]) -> tuple[list[int], int]:

@@ -83,6 +83,12 @@ class Postgres:
         self._progress = progress
         self._process: ServerProcess | None = None
 
+    @property
+    def process(self) -> ServerProcess:
+        """Its keeper, whose child is the server; after `restart()` another one."""
+        assert self._process is not None
+        return self._process
+
     def start(self) -> None:
         """Start the server, make its database if there is none, and wait until it answers.
 

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -86,7 +87,8 @@ def end_lab(lab: str) -> None:
     while True:
         found = [process for process in psutil.process_iter() if _belongs(process, lab)]
         for process in found:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                process.kill()
         if not found:
             os._exit(0)
         psutil.wait_procs(found, timeout=1)
