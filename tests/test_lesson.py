@@ -175,22 +175,36 @@ def test_check_prints_or_stops(capsys: pytest.CaptureFixture[str]) -> None:
     assert issubclass(CheckFailed, CourseError)
 
 
+def outputs_of(*cells: str) -> list[list[nbformat.NotebookNode]]:
+    """What the cells of a notebook show, run in a kernel of their own."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    return [cell.outputs for cell in notebook.cells]
+
+
+def test_a_figure_is_drawn_once_and_has_a_text(course_data: Path) -> None:
+    drawing, open_figures = outputs_of(
+        "import matplotlib.pyplot as plt\nfrom utils.lesson import show_figure\n"
+        "figure, axes = plt.subplots()\nshow_figure(figure, 'An empty plot')",
+        "print(plt.get_fignums())",
+    )
+    [picture] = drawing
+    assert picture.data["image/png"] and picture.metadata["image/png"]["alt"] == "An empty plot"
+    assert open_figures[0].text == "[]\n", "else the kernel draws it again"
+
+
 def test_in_a_real_kernel_an_error_is_a_sentence_without_traceback(course_data: Path) -> None:
     ours = lesson.workspace("03_busy")
     (ours / "work.txt").write_text("mine")
-    cells = [
+    started, failed, python_error, busy, finished = outputs_of(
         "from utils import lesson\nfolder = lesson.workspace('08_kernel')\nprint(folder.with_suffix('.lock').exists())",
         "lesson.check('the answer is 42', False, 'Think again.')",
         "1 / 0",
         "lesson.workspace('03_busy')",
         "lesson.finish(folder)",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    client = NotebookClient(
-        notebook, timeout=60, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(ROOT)}}
     )
-    client.execute()
-    started, failed, python_error, busy, finished = (cell.outputs for cell in notebook.cells)
     assert [output.get("text") for output in started] == ["True\n"], started
     [error] = failed
     assert error.traceback == ["CheckFailed: not true: the answer is 42. Think again."]

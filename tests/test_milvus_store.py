@@ -746,7 +746,7 @@ def test_server_that_is_still_starting() -> None:
 
 @pytest.mark.parametrize("token", ["root:wrong", ""])
 def test_wrong_token(milvus_standalone: Any, token: str) -> None:
-    store = ReliableMilvus("x", uri=milvus_standalone.uri, token=token, embedder=WordEmbedder(), timeout=5)
+    store = ReliableMilvus("x", uri=milvus_standalone.uri, token=token, embedder=WordEmbedder(), timeout=60)
     with pytest.raises(AccessDenied, match="refuses the token"):
         store.exists()
 

@@ -36,7 +36,7 @@ with postgres(Path(sys.argv[1]), progress=False) as server:
 
 
 def connect(server: Postgres) -> psycopg.Connection:
-    return psycopg.connect(server.url.replace("+psycopg", ""), connect_timeout=5)
+    return psycopg.connect(server.url.replace("+psycopg", ""), connect_timeout=60)
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -247,7 +247,7 @@ def test_no_more_results_are_kept_than_allowed_and_those_in_use_stay(store: Watc
 
 def test_a_failure_reaches_the_caller_and_is_not_kept(tmp_path: Path) -> None:
     with lite_server(tmp_path, progress=False) as server:
-        store = ReliableMilvus("library", uri=server.uri, embedder=models.embedder(), timeout=1)
+        store = ReliableMilvus("library", uri=server.uri, embedder=models.embedder(), timeout=2)
         store.create()
         store.insert("one", [Document(id="one", name="canteen.md", content="The canteen closes at 14:30.")])
         retriever = CachedRetriever(Knowledge(vector_db=store))

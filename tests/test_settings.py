@@ -257,6 +257,6 @@ def test_path_of_milvus_lite_does_not_trouble_pymilvus(in_file: bool, tmp_path: 
         environment["MILVUS_URI"] = "lab.db"
     program = "import utils, pymilvus; from utils.settings import load_settings; print(load_settings().milvus_uri)"
     ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert ran.stdout.strip() == str(tmp_path.resolve() / "lab.db"), ran.stderr

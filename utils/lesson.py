@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from milvus_lite.server_manager import server_manager_instance as lite_servers
@@ -20,6 +21,9 @@ from utils.bootstrap import ROOT
 from utils.errors import CourseError
 from utils.processes import is_alive, owner_mark
 from utils.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class CheckFailed(CourseError):
@@ -156,6 +160,16 @@ def show_text(text: str, width: int = 100) -> None:
     """Print a text, its long lines broken between words."""
     for line in text.splitlines():
         print(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False))
+
+
+def show_figure(figure: Figure, alt: str) -> None:
+    """Draw a figure where the cell's output is, with a text for those who cannot see it."""
+    import matplotlib.pyplot as plt  # here, for services and commands import this module, too, and draw nothing
+    from IPython.display import display
+
+    figure.tight_layout()
+    plt.close(figure)  # else the kernel draws it once more, without the text
+    display(figure, metadata={"image/png": {"alt": alt}})  # type: ignore[no-untyped-call]
 
 
 def check(what: str, condition: object, otherwise: str) -> None:
