@@ -8,7 +8,8 @@ On Windows the interpreter is .venv\\Scripts\\python.
 Model and embedder are the HTTP server of service.py: it calls the agent's search tool and then gives a fixed answer,
 both at once. So a run is Agno, the service, SQLite, and the search in Milvus Lite, and what is added stands out most.
 Services with the settings of VARIANTS run side by side. In each round every one of them answers the same question, one
-after the other and in random order; a pair is a service's run and that of the first, the baseline, in the same round.
+after the other and in random order, whole and then streamed (the answer in 52 pieces); a pair is a service's run and
+that of the first, the baseline, in the same round.
 
 What the client waits for is one thing; spans are stored and sent by another thread of the service, once a second. That
 is in the processor time of the service's process, which is given as well.
@@ -34,6 +35,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import psutil
+from httpx_sse import connect_sse
 from numpy.typing import NDArray
 from service import QUESTION, ROOT, WARM_UP, model_server, require, upload  # finds utils for the lines below
 from store_workload import Ratio, machine, verdict
@@ -45,6 +47,8 @@ from utils.service import service
 
 RESULT = ROOT / "data" / "benchmarks" / "monitoring.json"
 TARGET = 1.03
+RUNS = "/agents/knowledge-assistant/runs"
+WAYS = {"whole": False, "streamed": True}
 BASELINE = "off"
 OFF = {"METRICS": "false", "TRACES_SAMPLE": "0"}
 VARIANTS: dict[str, dict[str, str]] = {
@@ -80,19 +84,25 @@ def collector() -> Iterator[str]:
         thread.join()
 
 
-def ask(api: httpx.Client, session_id: str) -> float:
-    """Seconds of one run."""
-    form = {"message": QUESTION, "stream": "false", "user_id": "ann", "session_id": session_id}
+def ask(api: httpx.Client, session_id: str, streamed: bool) -> float:
+    """Seconds of one run, until its last event if it is streamed."""
+    form = {"message": QUESTION, "stream": str(streamed).lower(), "user_id": "ann", "session_id": session_id}
     start = time.perf_counter()
-    answer = api.post("/agents/knowledge-assistant/runs", data=form)
-    seconds = time.perf_counter() - start
-    require(answer.json()["status"], answer.json()["content"])
+    if streamed:
+        with connect_sse(api, "POST", RUNS, data=form) as source:
+            *_, last = (event.data for event in source.iter_sse())
+        seconds = time.perf_counter() - start
+        require("COMPLETED" if json.loads(last)["event"] == "RunCompleted" else last, json.loads(last)["content"])
+    else:
+        answer = api.post(RUNS, data=form)
+        seconds = time.perf_counter() - start
+        require(answer.json()["status"], answer.json()["content"])
     return seconds
 
 
-def measure(folder: Path, pairs: int) -> dict[str, tuple[list[float], float]]:
-    """Seconds of each run, and of the processor in all, by variant."""
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def measure(folder: Path, pairs: int) -> dict[str, tuple[dict[str, list[float]], float]]:
+    """Seconds of each run by way, and of the processor in all, by variant."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in VARIANTS}
     clients: dict[str, httpx.Client] = {}
     processes: dict[str, psutil.Process] = {}
     with ExitStack() as stack:
@@ -113,9 +123,10 @@ def measure(folder: Path, pairs: int) -> dict[str, tuple[list[float], float]]:
             if number == WARM_UP:
                 used = {name: processor_seconds(process) for name, process in processes.items()}
             for name in choice.sample([*VARIANTS], len(VARIANTS)):
-                taken = ask(clients[name], f"session-{number}")
-                if number >= WARM_UP:
-                    seconds[name].append(taken)
+                for way, streamed in WAYS.items():
+                    taken = ask(clients[name], f"{way}-{number}", streamed)
+                    if number >= WARM_UP:
+                        seconds[name][way].append(taken)
         time.sleep(2)  # what still waits is exported
         return {name: (seconds[name], processor_seconds(processes[name]) - used[name]) for name in VARIANTS}
 
@@ -145,19 +156,22 @@ def main() -> None:
     lesson.quiet_logs()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         measured = measure(Path(name), options.pairs)
-    figures: dict[str, dict[str, Any]] = {}
-    baseline = measured[BASELINE][0]
-    for name, (runs, processor) in measured.items():
-        difference, ratio = added(runs, baseline)
-        figures[name] = {
-            "p50 ms": round(1000 * float(np.median(runs)), 2),
-            "added ms, median of pairs": round(1000 * difference, 2),
-            "ratio, with its 95 % interval": ratio.as_list(),
-            "processor ms a run": round(1000 * processor / options.pairs, 2),
-        }
-        if name != BASELINE:
-            print(f"{name:<30} {1000 * difference:+.2f} ms  {verdict(ratio, TARGET, at_least=False)}")
-    print(pd.DataFrame(figures).T.to_string())
+    figures: dict[str, dict[str, dict[str, Any]]] = {way: {} for way in WAYS}
+    for way, rows in figures.items():
+        baseline = measured[BASELINE][0][way]
+        for name, (by_way, _) in measured.items():
+            difference, ratio = added(by_way[way], baseline)
+            rows[name] = {
+                "p50 ms": round(1000 * float(np.median(by_way[way])), 2),
+                "added ms, median of pairs": round(1000 * difference, 2),
+                "ratio, with its 95 % interval": ratio.as_list(),
+            }
+            if name != BASELINE:
+                print(f"{way}: {name:<30} {1000 * difference:+.2f} ms  {verdict(ratio, TARGET, at_least=False)}")
+        print(pd.DataFrame(rows).T.to_string(), "\n")
+    # Of both ways: the process does not tell them apart.
+    used = {name: round(1000 * all_used / len(WAYS) / options.pairs, 2) for name, (_, all_used) in measured.items()}
+    print(pd.Series(used, name="processor ms a run").to_frame().to_string())
     print(f"\n{options.pairs} pairs. {machine()}")
     if options.save:
         packages = ("agno", "opentelemetry-sdk", "openinference-instrumentation-agno", "prometheus-client")
@@ -167,6 +181,7 @@ def main() -> None:
             "versions": {package: version(package) for package in packages},
             "pairs": options.pairs,
             **figures,
+            "processor ms a run": used,
         }
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

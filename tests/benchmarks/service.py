@@ -41,7 +41,7 @@ import uvicorn  # noqa: E402
 from agno.agent import Agent  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.requests import Request  # noqa: E402
-from starlette.responses import JSONResponse, Response  # noqa: E402
+from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 from store_workload import machine, ratio_of_medians  # noqa: E402
 
@@ -66,7 +66,7 @@ Run = Callable[[str], Awaitable[None]]
 
 
 def model_app() -> Starlette:
-    """OpenAI's routes, without streams: first a call of the tool, then a fixed answer."""
+    """OpenAI's routes: first a call of the tool, then a fixed answer; streamed, in pieces of one letter."""
 
     async def chat(request: Request) -> Response:
         asked = await request.json()
@@ -75,10 +75,20 @@ def model_app() -> Starlette:
             function = {"name": asked["tools"][0]["function"]["name"], "arguments": json.dumps({"query": QUESTION})}
             call = {"id": f"call_{time.monotonic_ns()}", "type": "function", "function": function}
             message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        choice = {"index": 0, "message": message, "finish_reason": "stop" if message["content"] else "tool_calls"}
+        reason = "stop" if message["content"] else "tool_calls"
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-        body = {"id": "c", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]}
-        return JSONResponse({**body, "usage": usage})
+        body = {"id": "c", "object": "chat.completion", "created": 0, "model": MODEL}
+        if not asked.get("stream"):
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            return JSONResponse({**body, "choices": [choice], "usage": usage})
+        pieces: list[dict[str, Any]] = [{"content": letter} for letter in message["content"] or ""]
+        if reason == "tool_calls":
+            pieces = [{"role": "assistant", "tool_calls": [{"index": 0, **message["tool_calls"][0]}]}]
+        body["object"] = "chat.completion.chunk"
+        deltas = [*((piece, None) for piece in pieces), ({}, reason)]
+        chunks = [{**body, "choices": [{"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in deltas]
+        lines = [json.dumps(chunk) for chunk in [*chunks, {**body, "choices": [], "usage": usage}]] + ["[DONE]"]
+        return StreamingResponse((f"data: {line}\n\n" for line in lines), media_type="text/event-stream")
 
     async def embeddings(request: Request) -> Response:
         texts = (await request.json())["input"]

@@ -32,9 +32,9 @@ GET /metrics/prometheus asks for no key, like /ready, so that a Prometheus in th
 plain scrape job, also where users have tokens that expire. It shows counts and ids of what is served, no user, no
 question and no answer. Keep it inside: what stands in front of the service must not pass this path on.
 
-Metrics and traces add about 2 ms to a run, 6 % of one whose model answers at once (data/benchmarks/monitoring.json, by
-tests/benchmarks/monitoring.py). Most of it is OpenInference's spans. These time the stages, too, so with
-TRACES_SAMPLE=0 a run still takes 5 % longer. Storing a trace takes another thread 4 ms.
+Metrics and traces add about 2 ms to a run, 6 to 7 % of one whose model answers at once, whole or streamed
+(data/benchmarks/monitoring.json, by tests/benchmarks/monitoring.py). Most of it is OpenInference's spans. These time
+the stages, too, so TRACES_SAMPLE=0 saves no time of a run. Storing a trace takes another thread 4 ms.
 
 A trace holds the run's messages and documents. OPENINFERENCE_HIDE_INPUTS=true and OPENINFERENCE_HIDE_OUTPUTS=true,
 which the instrumentation reads itself, leave them out.
