@@ -186,7 +186,7 @@ def stored(file: Path) -> Any:
 
 
 def kill_when(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
-    assert wait_for(lambda: reached() or process.poll() is not None, 120)
+    assert wait_for(lambda: reached() or process.poll() is not None, 300)
     assert process.poll() is None, "it had ended before it could be killed"
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 3, "keeper, etcd and Milvus at least"

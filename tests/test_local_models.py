@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
+from web_servers import QuietHandler
 
 from utils import local_models
 from utils.bootstrap import ROOT
@@ -162,12 +163,12 @@ class Index:
         self.kept_back: dict[str, threading.Event] = {}
         index = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 name = self.path.strip("/").split("/")[-1]
                 if name.endswith(".whl"):
                     index.asked.append(name)
-                    index.kept_back.get(name, _open()).wait(30)
+                    index.kept_back.get(name, _open()).wait(300)
                     body, kind = (folder / name).read_bytes(), "application/octet-stream"
                 else:
                     file = f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
@@ -178,17 +179,11 @@ class Index:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def wait_for(self, name: str) -> None:
-        end = time.monotonic() + 20
-        while name not in self.asked and time.monotonic() < end:
-            time.sleep(0.02)
-        assert name in self.asked
+        assert wait_for(lambda: name in self.asked, seconds=120)
 
 
 def _open() -> threading.Event:
@@ -548,14 +543,11 @@ class Hub:
         self.status = 200
         made = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 made.requests.append((path, self.headers.get("Range", ""), self.headers.get("Authorization")))
                 made.answer(self, path)
-
-            def log_message(self, *_: Any) -> None:
-                pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
