@@ -377,10 +377,15 @@ def _listen(opened: NotebookPage, lab: Lab) -> None:
         if came.status >= 400:
             opened.troubles.append(f"HTTP {came.status}: {came.request.method} {came.url}")
 
+    def failed(made: Request) -> None:
+        # An aborted one is the page's own doing: JupyterLab sets a picture's address twice.
+        if made.failure != "net::ERR_ABORTED":
+            opened.troubles.append(f"failed: {made.url} ({made.failure})")
+
     opened.page.on("console", console)
     opened.page.on("pageerror", lambda error: opened.troubles.append(f"exception: {error}"))
     opened.page.on("request", request)
-    opened.page.on("requestfailed", lambda made: opened.troubles.append(f"failed: {made.url} ({made.failure})"))
+    opened.page.on("requestfailed", failed)
     opened.page.on("response", response)
 
 

@@ -62,6 +62,11 @@ from pymilvus import AnnSearchRequest, DataType, Function, FunctionType, MilvusC
 from pymilvus.client.types import LoadState
 from pymilvus.exceptions import ConnectionConfigException, MilvusException
 
+with contextlib.suppress(ImportError):
+    # pymilvus 3.0.2 loads it in the first search, past Python's import lock: where several threads search first, some
+    # meet half a module and fail.
+    import scipy.sparse  # noqa: F401
+
 T = TypeVar("T")
 
 METRICS = {Distance.cosine: "COSINE", Distance.l2: "L2", Distance.max_inner_product: "IP"}
