@@ -486,8 +486,8 @@ for line in sys.stdin:
 
 def test_the_first_searches_may_come_together() -> None:
     """Left to pymilvus, scipy.sparse is loaded by all of the first searches at once, and some of them fail."""
-    program = "import sys, milvus_store; sys.exit('scipy.sparse' not in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT / "utils", check=True)
+    program = "import sys, utils.milvus_store; sys.exit('scipy.sparse' not in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_another_process_is_told_what_to_wait_for(place: Place) -> None:

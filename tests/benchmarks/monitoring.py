@@ -90,9 +90,9 @@ def ask(api: httpx.Client, session_id: str, streamed: bool) -> float:
     start = time.perf_counter()
     if streamed:
         with connect_sse(api, "POST", RUNS, data=form) as source:
-            *_, last = (event.data for event in source.iter_sse())
+            *_, last = source.iter_sse()
         seconds = time.perf_counter() - start
-        require("COMPLETED" if json.loads(last)["event"] == "RunCompleted" else last, json.loads(last)["content"])
+        require("COMPLETED" if last.event == "RunCompleted" else last.event, last.json().get("content"))
     else:
         answer = api.post(RUNS, data=form)
         seconds = time.perf_counter() - start
